@@ -1,0 +1,334 @@
+"""Load a model so that TransformerLens can hook it, and check that what it shows is attention.
+
+1. Find the folder: the bundled `mini`, a folder of the user's, or a named model in the local Hugging Face cache,
+   downloaded first where it is missing and the hub answers within `PATIENCE` seconds.
+2. Load weights (safetensors only) and tokenizer from that folder, and wrap them in a TransformerBridge.
+3. Run one tiny forward pass: every layer must show a pattern whose rows sum to 1 and which never attends ahead.
+
+One path for all models: `mini` is loaded by exactly the code that loads GPT-2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common.errors import UserError
+
+MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
+GPT2 = "gpt2"
+PATIENCE = 4.0  # seconds that the hub has to answer before we call it out of reach
+WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model")
+UNWANTED = ("onnx/*", "*/*", "consolidated*")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model. `name` is what results call it, `source` where it came from, `fingerprint` a hash of its weights
+    and configuration; `context` is the longest row it takes, BOS included; `bos` the id every row starts with;
+    `labels_file` the labels.json that it ships, if it does."""
+
+    bridge: Any
+    tokenizer: Any
+    name: str
+    source: str
+    fingerprint: str
+    n_layers: int
+    n_heads: int
+    context: int
+    bos: int
+    labels_file: Path | None = None
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """BOS and the token ids of `text`, [pos]; special tokens written out in the text stay text."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return np.array([self.bos, *ids], dtype=np.int64)
+
+    def ordinary(self) -> NDArray[np.int64]:
+        """Ids of the tokens that are not special, ascending."""
+        special = set(self.tokenizer.all_special_ids) | set(getattr(self.tokenizer, "added_tokens_decoder", {}))
+        size = min(len(self.tokenizer), self.bridge.cfg.d_vocab)
+        return np.array([token for token in range(size) if token not in special], dtype=np.int64)
+
+    def strings(self, tokens: NDArray[np.int64]) -> list[str]:
+        """Each token of a row as a reader should see it: BOS by name, spaces and line ends made visible."""
+        named = ["BOS" if token == self.bos else visible(self.tokenizer.decode([int(token)])) for token in tokens]
+        return named
+
+
+def visible(token: str) -> str:
+    """A token with its spaces, line ends and other unprintable characters made visible."""
+    shown = token.replace(" ", "·").replace("\n", "⏎").replace("\t", "→")
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in shown)
+
+
+def load(name: str, *, device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False) -> Model:
+    """Load `name`: `mini`, `auto`, a folder, or a TransformerLens model name.
+
+    Raises UserError with one line that says what was wrong and what to do: nothing there, no network and no cache,
+    a folder that holds no model, weights that are not safetensors, an architecture TransformerLens cannot wrap, or a
+    model that fails the self-check.
+    """
+    _quiet()
+    folder, shown, source = _find(name)
+    _check_folder(folder, shown)
+    _check_device(device)
+    hf_model, tokenizer = _read(folder, shown, getattr(torch, dtype), trust_remote_code)
+    bridge = _wrap(shown, hf_model.to(device).eval(), tokenizer)
+    model = Model(
+        bridge=bridge,
+        tokenizer=tokenizer,
+        name=shown,
+        source=source,
+        fingerprint=_fingerprint(folder),
+        n_layers=bridge.cfg.n_layers,
+        n_heads=bridge.cfg.n_heads,
+        context=bridge.cfg.n_ctx,
+        bos=_bos(tokenizer),
+        labels_file=folder / "labels.json" if (folder / "labels.json").exists() else None,
+    )
+    _self_check(model)
+    return model
+
+
+class _Seen(Exception):
+    """Raised in the last hook that is needed, to leave the forward pass there."""
+
+
+def read_patterns(
+    model: Model, tokens: NDArray[np.int64], read: Callable[[int, torch.Tensor], None]
+) -> None:
+    """Run [batch, pos] token ids and hand each layer's pattern, [batch, head, query, key], to `read(layer, pattern)`.
+
+    Leaves the forward pass after the last layer's pattern. Layers that never show one are not handed on.
+    """
+    last = model.n_layers - 1
+
+    def hook(layer: int) -> Callable[[torch.Tensor, Any], None]:
+        def reader(pattern: torch.Tensor, hook: Any) -> None:
+            read(layer, pattern)
+            if layer == last:
+                raise _Seen
+
+        return reader
+
+    hooks = [(f"blocks.{layer}.attn.hook_pattern", hook(layer)) for layer in range(model.n_layers)]
+    inputs = torch.from_numpy(tokens).to(model.bridge.cfg.device)
+    try:
+        with torch.inference_mode(), model.bridge.hooks(fwd_hooks=hooks):
+            model.bridge.original_model(inputs, use_cache=False)
+    except _Seen:
+        pass
+
+
+# --- finding the folder ---
+
+
+def _find(name: str) -> tuple[Path, str, str]:
+    """The folder that holds the model, the name to show, and a sentence on where it came from."""
+    if name == "mini":
+        return MINI, "mini", "bundled with this project"
+    if name == "auto":
+        return _auto()
+    if Path(name).is_dir():
+        return Path(name), Path(name).resolve().name, f"folder {name}"
+    if Path(name).exists():
+        raise UserError(f"{name} is a file: --model takes a model name or a folder in Hugging Face format")
+    return _named(name)
+
+
+def _auto() -> tuple[Path, str, str]:
+    """GPT-2 small where it can be had within `PATIENCE` seconds, else `mini`, with the reason."""
+    try:
+        folder, shown, source = _named(GPT2)
+        return folder, shown, f"{source}, chosen by --model auto"
+    except UserError:
+        return MINI, "mini", "bundled with this project; --model auto found GPT-2 small neither in the cache nor on the hub"
+
+
+def _named(name: str) -> tuple[Path, str, str]:
+    """A model of the hub: from the local cache where it is whole, else downloaded. Raises UserError where neither works."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
+
+    repository = resolve_model_alias(name) or name
+    wanted = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
+    try:
+        folder = Path(snapshot_download(repository, local_files_only=True, **wanted))
+        if _has_weights(folder):
+            return folder, name, "local Hugging Face cache"
+    except HFValidationError:
+        raise UserError(f"'{name}' is neither a folder nor a model name; --model mini is bundled") from None
+    except LocalEntryNotFoundError:
+        pass
+    _ask_hub(repository, name)
+    try:
+        return Path(snapshot_download(repository, **wanted)), name, "downloaded from the Hugging Face hub"
+    except Exception as error:
+        raise UserError(f"downloading '{name}' failed ({_first_line(error)}); --model mini needs no network") from error
+
+
+def _ask_hub(repository: str, name: str) -> None:
+    """Return if the hub has the model; raise UserError if it has not, or does not answer in time."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    answer: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(repository, timeout=PATIENCE)
+            answer.append(None)
+        except Exception as error:
+            answer.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(PATIENCE)
+    problem = answer[0] if answer else TimeoutError()
+    if problem is None:
+        return
+    if isinstance(problem, GatedRepoError):
+        raise UserError(f"'{name}' asks for a login: run `hf auth login` first, or use --model mini")
+    if isinstance(problem, RepositoryNotFoundError):
+        raise UserError(f"the Hugging Face hub has no model '{name}'; check the name, or use --model mini")
+    raise UserError(
+        f"'{name}' is no folder, is not in the local Hugging Face cache, and the hub cannot be reached: use --model mini, "
+        f"or run `hf download {repository}` where there is a network and copy the cache folder over (HF_HOME names it)"
+    )
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether every safetensors file that the folder's index names is there."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return all((folder / name).exists() for name in names)
+    return any(folder.glob("*.safetensors"))
+
+
+# --- reading it ---
+
+
+def _check_folder(folder: Path, shown: str) -> None:
+    """Raise UserError unless the folder holds a configuration and safetensors weights."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} is no model folder: it has no config.json")
+    if _has_weights(folder):
+        return
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"'{shown}' has its weights in {pickles[0]}, which runs code when it is opened: convert it to safetensors "
+            "(load it with transformers where you trust it, then save_pretrained)"
+        )
+    raise UserError(f"{folder} has a config.json but no (or not all) model.safetensors weights")
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here ({_first_line(error)}); --device cpu always can") from None
+
+
+def _read(folder: Path, shown: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Weights and tokenizer from a local folder; UserError with the reason where they do not load."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:
+        raise UserError(f"the tokenizer of '{shown}' does not load: {_first_line(error)}") from error
+    try:
+        weights = {"dtype": dtype, "attn_implementation": "eager", "use_safetensors": True}
+        return AutoModelForCausalLM.from_pretrained(folder, **weights, **options), tokenizer
+    except Exception as error:
+        raise UserError(f"the weights of '{shown}' do not load: {_first_line(error)}") from error
+
+
+def _wrap(shown: str, hf_model: Any, tokenizer: Any) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        return TransformerBridge.boot_transformers(shown, hf_model=hf_model, tokenizer=tokenizer)
+    except Exception as error:
+        raise UserError(f"TransformerLens cannot wrap '{shown}': {_first_line(error)}") from error
+
+
+def _bos(tokenizer: Any) -> int:
+    """The id that starts every row: BOS, else EOS as TransformerLens does, else 0."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def _fingerprint(folder: Path) -> str:
+    """SHA-256 over config.json and the weights, by name."""
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _self_check(model: Model) -> None:
+    """Raise UserError unless every layer shows a causal pattern whose rows sum to 1."""
+    ordinary = model.ordinary()
+    tokens = np.concatenate([[model.bos], ordinary[np.linspace(0, len(ordinary) - 1, 7).astype(int)]])
+    shown: dict[int, str | None] = {}
+    read_patterns(
+        model, tokens[None, : model.context], lambda layer, pattern: shown.__setitem__(layer, _complaint(pattern))
+    )
+    missing = [layer for layer in range(model.n_layers) if layer not in shown]
+    if missing:
+        raise UserError(f"'{model.name}' shows no attention pattern in layer {missing[0]}: its heads cannot be scored")
+    for layer, complaint in shown.items():
+        if complaint:
+            raise UserError(f"'{model.name}' fails the self-check in layer {layer}: {complaint}")
+
+
+def _complaint(pattern: torch.Tensor) -> str | None:
+    """What is wrong with a pattern [batch, head, query, key], or None."""
+    values = pattern.double()
+    if not torch.isfinite(values).all():
+        return "the attention pattern holds NaN or infinite values (damaged weights, or a dtype too small)"
+    tolerance = 1e-4 if pattern.dtype == torch.float32 else 2e-2
+    if torch.triu(values, diagonal=1).abs().max() > tolerance:
+        return "queries attend to the future, so this is no causal language model"
+    if (values.sum(-1) - 1).abs().max() > tolerance:
+        return "rows of the attention pattern do not sum to 1"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def _quiet() -> None:
+    """Silence what other packages say and a user can do nothing about."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="transformers|transformer_lens|huggingface_hub|torch")

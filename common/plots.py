@@ -1,0 +1,188 @@
+"""Pictures. Each function draws on the Axes it is given and returns it; `save` alone makes files.
+
+Attention is drawn in blues that read in print and for colour-blind readers, marks in vermilion (Okabe and Ito's
+palette). Cells that a query may not see stay blank. The BOS column has a grey scale of its own, because most heads
+rest there and would otherwise leave the other cells pale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+
+from common.detection import Detection, by_score, name
+from common.sequences import Floats
+
+MARK = "#D55E00"
+ATTENTION = "Blues"
+RESTING = "Greys"
+LONGEST = 48  # tokens that stay legible on one axis
+MOST_HEADS = 40  # heads that stay legible in one list
+MOST_VALUES = 400  # heads up to which the mosaic carries numbers
+
+plt.rcParams.update({"font.family": ["DejaVu Sans"], "figure.dpi": 120, "text.parse_math": False})
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as PNG and close it."""
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def mosaic(axes: Axes, found: Detection, title: str) -> Axes:
+    """Layer × head prefix matching, induction heads outlined and named."""
+    layers, heads = found.score.shape
+    sns.heatmap(
+        found.score,
+        ax=axes,
+        vmin=0.0,
+        vmax=1.0,
+        cmap=ATTENTION,
+        annot=layers * heads <= MOST_VALUES,
+        fmt=".2f",
+        linewidths=0.5,
+        linecolor="white",
+        cbar_kws={"label": "prefix matching: attention to the tokens\nafter earlier copies of the current one"},
+    )
+    for layer, head in found.ranked():
+        axes.add_patch(Rectangle((head, layer), 1, 1, fill=False, edgecolor=MARK, linewidth=2.5, zorder=3))
+        axes.text(head + 0.06, layer + 0.22, name(layer, head), color=MARK, fontsize=7, fontweight="bold", zorder=4)
+    axes.set(xlabel="head", ylabel="layer", title=title)
+    axes.tick_params(axis="y", rotation=0)
+    axes.legend(
+        handles=[Patch(fill=False, edgecolor=MARK, linewidth=2, label="induction head (score above its own threshold)")],
+        loc="upper left",
+        bbox_to_anchor=(0, -0.12),
+        frameon=False,
+    )
+    return axes
+
+
+def mosaic_figure(found: Detection, title: str) -> Figure:
+    """The mosaic at a size at which every square is legible."""
+    layers, heads = found.score.shape
+    figure, axes = plt.subplots(figsize=(max(7.0, 0.62 * heads + 3), max(3.4, 0.42 * layers + 1.8)))
+    mosaic(axes, found, title)
+    return figure
+
+
+def thresholds(axes: Axes, found: Detection, title: str) -> Axes:
+    """Each head's score against its own null and its own threshold, highest score on top."""
+    heads = by_score(found.score)[:MOST_HEADS]
+    for place, head in enumerate(heads):
+        passed = bool(found.induction[head])
+        axes.plot([found.control[head], found.score[head]], [place, place], color="0.8", linewidth=1, zorder=1)
+        axes.plot(found.control[head], place, "o", markerfacecolor="white", markeredgecolor="0.45", markersize=5)
+        axes.plot(found.score[head], place, "o" if passed else "s", color=MARK if passed else "0.35", markersize=6)
+        axes.plot(found.threshold[head], place, "|", color="black", markersize=11, markeredgewidth=2)
+    axes.set_yticks(range(len(heads)), [name(*head) for head in heads])
+    axes.invert_yaxis()
+    left_out = found.score.size - len(heads)
+    axes.set(
+        xlabel="prefix matching (share of attention, 0 to 1)",
+        ylabel="head" + (f" (the {len(heads)} highest of {found.score.size})" if left_out else ""),
+        title=title,
+    )
+    axes.set_xlim(-0.02, 1.02)
+    axes.grid(axis="x", color="0.92")
+    axes.set_axisbelow(True)
+    style = {"linestyle": "none", "markersize": 6}
+    axes.legend(
+        handles=[
+            Line2D([], [], marker="o", color=MARK, label="score: induction head", **style),
+            Line2D([], [], marker="s", color="0.35", label="score: below its threshold", **style),
+            Line2D([], [], marker="|", color="black", markeredgewidth=2, label="its threshold", **style),
+            Line2D([], [], marker="o", markerfacecolor="white", color="0.45", label="control rows, no repeat", **style),
+        ],
+        loc="lower right",
+        fontsize=8,
+    )
+    return axes
+
+
+def threshold_figure(found: Detection, title: str) -> Figure:
+    """Heads against their thresholds, a line each."""
+    figure, axes = plt.subplots(figsize=(8.0, 0.24 * min(found.score.size, MOST_HEADS) + 1.6))
+    thresholds(axes, found, title)
+    return figure
+
+
+def attention(
+    axes: Axes, pattern: Floats, tokens: Sequence[str], cells: Sequence[tuple[int, int]], title: str, window: slice
+) -> Axes:
+    """One attention pattern [query, key] with tokens on both axes and the induction `cells` (query, key) outlined.
+
+    Draws queries and keys of `window`, and BOS beside them. Blues run from 0 to the largest drawn cell off the BOS
+    column; the BOS column is grey from 0 to 1.
+    """
+    shown = [0, *(place for place in range(*window.indices(len(tokens))) if place > 0)]
+    queries = shown[1:]
+    part = pattern[np.ix_(queries, shown)]
+    future = np.array(shown)[None, :] > np.array(queries)[:, None]
+    off_bos = np.ma.masked_array(part, mask=future | (np.arange(len(shown)) == 0))
+    only_bos = np.ma.masked_array(part, mask=np.arange(len(shown)) != np.zeros((len(queries), 1)))
+    image = axes.imshow(off_bos, cmap=ATTENTION, vmin=0.0, vmax=max(float(off_bos.max()), 1e-6), aspect="equal")
+    axes.imshow(only_bos, cmap=RESTING, vmin=0.0, vmax=1.0, aspect="equal")
+    axes.set_xlim(-0.5, len(shown) - 0.5)
+    axes.axvline(0.5, color="black", linewidth=0.8)
+    places = {place: index for index, place in enumerate(shown)}
+    for query, key in cells:
+        if query in places and key in places and query > 0:
+            corner = (places[key] - 0.5, places[query] - 1.5)
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=MARK, linewidth=1.6, zorder=3))
+    size = 8 if len(shown) <= 32 else 6
+    axes.set_xticks(range(len(shown)), [tokens[place] for place in shown], rotation=90, fontsize=size)
+    axes.set_yticks(range(len(queries)), [tokens[place] for place in queries], fontsize=size)
+    axes.set(xlabel="key (attended to)", ylabel="query (attends)")
+    axes.set_title(title, fontsize=10)
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+    bar.set_label("attention", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return axes
+
+
+def attention_window(length: int, cells: Sequence[tuple[int, int]]) -> slice:
+    """The `LONGEST` positions of a text that hold the most of its induction `cells`; all of a text that is short."""
+    if length <= LONGEST:
+        return slice(0, length)
+    first = np.array([min(cell) for cell in cells], dtype=int)
+    last = np.array([max(cell) for cell in cells], dtype=int)
+    starts = np.arange(0, length - LONGEST + 1)
+    held = [int(((first >= start) & (last < start + LONGEST)).sum()) for start in starts]
+    best = int(starts[int(np.argmax(held))])
+    return slice(best, best + LONGEST)
+
+
+def attention_grid(
+    panels: Sequence[tuple[str, Floats]], tokens: Sequence[str], cells: Sequence[tuple[int, int]], title: str
+) -> Figure:
+    """A figure with one attention panel (title, pattern [query, key]) beside the other."""
+    window = attention_window(len(tokens), cells)
+    side = max(3.6, 0.21 * min(len(tokens), LONGEST) + 1.6)
+    columns = min(len(panels), 3 if side < 6 else 2)
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(side * columns + 0.8, side * rows + 1.2), squeeze=False, layout="constrained"
+    )
+    for place, (label, pattern) in zip(axes.flat, panels, strict=False):
+        attention(place, pattern, tokens, cells, label, window)
+    for place in axes.flat[len(panels) :]:
+        place.set_visible(False)
+    cut = f" (tokens {window.start} to {window.stop - 1} of {len(tokens) - 1})" if len(tokens) > LONGEST else ""
+    figure.suptitle(title + cut, fontsize=11)
+    key = Patch(fill=False, edgecolor=MARK, linewidth=1.6, label="induction cell: the token after an earlier copy")
+    grey = Patch(facecolor="0.6", label="attention to BOS (grey, 0 to 1)")
+    figure.legend(handles=[key, grey], loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure

@@ -1,0 +1,131 @@
+"""Everything a run leaves behind: results.json, the CSV of the head table, the table on stdout, progress on stderr.
+
+Files of a run are written into a hidden folder beside the output folder and moved into place when all of them are
+there, so a run that is stopped leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from common.errors import UserError
+
+SCHEMA = 1
+WIDTH = 100
+PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "scikit-learn", "matplotlib")
+
+
+def say(message: str) -> None:
+    """One line for the person who waits, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Any]:
+    """A bar on stderr with the time left; yields advance(count). Drawn only where stderr is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left"))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.update(task, advance=count)
+
+
+@contextmanager
+def output_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder to write a run into; when the block ends well, its files move to `final`.
+
+    Raises UserError where nothing can be written there, before any work is done.
+    """
+    try:
+        final.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        (final / ".writable").touch()
+        (final / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {final}: {error.strerror}; choose another folder with --out") from None
+    try:
+        yield staging
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == "results.json"):
+            os.replace(path, final / path.name)
+    except OSError as error:
+        raise UserError(f"writing to {final} failed: {error.strerror}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as JSON; NaN and infinities become null, NumPy values plain ones."""
+    path.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON knows it: dicts, lists, strings, numbers (6 significant digits), booleans, None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain(item) for item in value]
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def provenance(args: Any, model: Any, started: float) -> dict[str, Any]:
+    """What a reader needs to repeat the run: schema, argv, seed, versions, model, device, wall time in seconds."""
+    return {
+        "schema": SCHEMA,
+        "argv": sys.argv,
+        "seed": args.seed,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "model": {"name": model.name, "source": model.source, "fingerprint": model.fingerprint},
+        "device": args.device,
+        "dtype": args.dtype,
+        "wall_seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def write_csv(path: Path, heads: Sequence[dict[str, Any]]) -> None:
+    """One line per head; the columns are the keys of the first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(heads[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: plain(value) for key, value in head.items()} for head in heads)
+    path.write_text(text.getvalue(), encoding="utf-8")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout, at most `WIDTH` columns wide; numbers are right-aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def console() -> Console:
+    """Where results are printed: stdout, `WIDTH` columns when it is no terminal."""
+    terminal = sys.stdout.isatty()
+    return Console(width=None if terminal else WIDTH, highlight=False, markup=False, emoji=False)

@@ -1,0 +1,246 @@
+#!/usr/bin/env python3
+"""Find the induction heads of a language model, say how sure that is, and draw what they do on your texts.
+
+    python induction_head_detection.py                                  # GPT-2 small if it can be had, else mini
+    python induction_head_detection.py --model mini --text "a b c a b"  # bundled model, no network, your text
+    python induction_head_detection.py --model ./my-gpt2 --threshold 0.4
+
+Two questions, one run. Which heads of this model are induction heads? (Rows of random tokens with a repeat in them,
+against control rows without it; each head has its own threshold.) What do those heads do on my sequences? (The list
+below, or --text, or --sequences-file.) Writes PNGs, results.json and heads.csv to outputs/<model>/, a table to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import cli
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.detection import Detection
+    from common.metrics import Metrics
+    from common.models import Model
+    from common.scores import HeadScores
+    from common.sequences import Ints
+
+# Edit me: the texts to look at.
+sequences = [
+    "the cat sat on the mat",
+    "the cat sat the cat sat",
+    "the quick brown fox jumps over the lazy dog",
+    "the quick brown fox jumps the quick brown fox jumps",
+]
+
+PROGRAM = "induction_head_detection"
+ROWS = 32  # battery rows with a repeat, and as many controls
+ROW_LENGTH = 128  # tokens of a battery row, BOS included; less where the context is shorter
+HEADS_DRAWN = 4  # heads drawn per text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; the exit code: 0, 2 for what a user can mend, 130 for Ctrl-C."""
+    parser = cli.shared_parser(__doc__ or "")
+    parser.add_argument(
+        "--threshold",
+        type=cli.threshold,
+        default="dynamic",
+        metavar="dynamic|NUMBER",
+        help="each head its own threshold from its control cells, or one number for all, 0 to 1 (default dynamic)",
+    )
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="JSON labels to evaluate against (default: the model's labels.json)"
+    )
+    return cli.run(find_induction_heads, parser.parse_args(argv), PROGRAM)
+
+
+def find_induction_heads(args: argparse.Namespace) -> None:
+    """Load, score, decide, evaluate, look at the texts, report."""
+    started = time.monotonic()
+    texts = cli.chosen_texts(args, sequences)
+    from common import models, report
+
+    model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
+    encoded = encode(model, texts)
+    with report.output_folder(args.out or Path("outputs") / model.name / PROGRAM) as folder:
+        repeats, controls = score_battery(model, args)
+        found = decide(repeats, controls, args.threshold)
+        quality = evaluate(found, model, args.labels)
+        per_text = [analyse_text(model, text, tokens, found) for text, tokens in encoded]
+        heads = head_table(repeats, found)
+        report.write_csv(folder / "heads.csv", heads)
+        if not args.no_plots:
+            draw(folder, model, found, per_text)
+        results = {
+            **report.provenance(args, model, started),
+            "heads": heads,
+            "induction_heads": [head_name(head) for head in found.ranked()],
+            "metrics": vars(quality) if quality else None,
+            "sequences": [entry["results"] for entry in per_text],
+        }
+        report.write_json(folder / "results.json", results)
+        written = sorted(path.name for path in folder.iterdir())
+    print_summary(model, found, quality, args.out or Path("outputs") / model.name / PROGRAM, written)
+
+
+def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
+    """Each text with its ids. Texts of fewer than two tokens are left out with a warning.
+
+    Raises UserError where a text is longer than the context, or where no text is left.
+    """
+    from common import report
+
+    kept = []
+    for number, text in enumerate(texts, start=1):
+        tokens = model.encode(text)
+        if len(tokens) > model.context:
+            raise UserError(
+                f"text {number} has {len(tokens)} tokens with BOS and {model.name} reads at most {model.context}: "
+                "shorten it or split it"
+            )
+        if len(tokens) < 3:
+            report.say(f"warning: text {number} ({text!r}) has {len(tokens) - 1} tokens, at least 2 are needed: left out")
+            continue
+        kept.append((text, tokens))
+    if not kept:
+        raise UserError("no text to analyse: give at least one text of two tokens or more")
+    return kept
+
+
+def score_battery(model: Model, args: argparse.Namespace) -> tuple[HeadScores, HeadScores]:
+    """Scores of every head on rows with a repeat and on their controls."""
+    from common import report, scores
+    from common.sequences import battery
+
+    length = min(ROW_LENGTH, model.context)
+    drawn = battery(model.ordinary(), model.bos, rows=ROWS, length=length, seed=args.seed)
+    with report.progress("scoring heads", 2 * ROWS) as advance:
+        repeats = scores.score(model, drawn.repeats, batch_size=args.batch_size, advance=advance)
+        controls = scores.score(model, drawn.controls, batch_size=args.batch_size, advance=advance)
+    return repeats, controls
+
+
+def decide(repeats: HeadScores, controls: HeadScores, threshold: float | None) -> Detection:
+    from common.detection import detect
+
+    null = controls.mean("prefix_matching"), controls.std("prefix_matching")
+    return detect(repeats.mean("prefix_matching"), *null, threshold=threshold)
+
+
+def evaluate(found: Detection, model: Model, labels_file: Path | None) -> Metrics | None:
+    """Agreement with the user's labels, or those the model ships; None where there are none."""
+    from common import metrics
+
+    path = labels_file or model.labels_file
+    if path is None:
+        return None
+    return metrics.evaluate(found.induction, found.score, metrics.read_labels(path, model.n_layers, model.n_heads))
+
+
+def analyse_text(model: Model, text: str, tokens: Ints, found: Detection) -> dict[str, Any]:
+    """Patterns of every head on one text, and its entry in results.json."""
+    from common import scores
+    from common.sequences import HEAD_TYPES, TokenBatch
+
+    batch = TokenBatch.of([tokens], pad=model.bos)
+    patterns = scores.patterns(model, tokens)
+    on_text = scores.from_patterns(patterns, batch)
+    cells = batch.cells["prefix_matching"]
+    heads = [
+        {"layer": layer, "head": head, **{kind: on_text.mean(kind)[layer, head] for kind in HEAD_TYPES}}
+        for layer in range(model.n_layers)
+        for head in range(model.n_heads)
+    ]
+    results = {"text": text, "tokens": model.strings(tokens), "queries": len(cells.group_row), "heads": heads}
+    score = on_text.mean("prefix_matching")
+    strongest = sorted(found.ranked(), key=lambda head: -score[head] if len(cells.group_row) else 0)
+    return {
+        "results": results,
+        "patterns": patterns,
+        "cells": list(zip(cells.query.tolist(), cells.key.tolist(), strict=True)),
+        "heads": strongest[:HEADS_DRAWN],
+        "score": score,
+    }
+
+
+def head_table(repeats: HeadScores, found: Detection) -> list[dict[str, Any]]:
+    """One row per head: where it is, its scores on the battery, and the decision."""
+    from common.sequences import HEAD_TYPES
+
+    others = {kind: repeats.mean(kind) for kind in HEAD_TYPES if kind != "prefix_matching"}
+    return [
+        {
+            "layer": layer,
+            "head": head,
+            "prefix_matching": found.score[layer, head],
+            "control": found.control[layer, head],
+            "threshold": found.threshold[layer, head],
+            "induction": found.induction[layer, head],
+            **{kind: values[layer, head] for kind, values in others.items()},
+        }
+        for layer in range(found.score.shape[0])
+        for head in range(found.score.shape[1])
+    ]
+
+
+def draw(folder: Path, model: Model, found: Detection, per_text: Sequence[dict[str, Any]]) -> None:
+    """The mosaic, every head against its threshold, and the strongest heads on each text."""
+    from common import plots
+
+    plots.save(plots.mosaic_figure(found, f"Induction heads of {model.name}"), folder / "mosaic.png")
+    plots.save(plots.threshold_figure(found, f"{model.name}: each head against its own threshold"), folder / "thresholds.png")
+    for number, entry in enumerate(per_text, start=1):
+        score, tokens = entry["score"], entry["results"]["tokens"]
+        panels = [(panel_title(head, score), entry["patterns"][head]) for head in entry["heads"]]
+        layer = entry["heads"][0][0] if entry["heads"] else model.n_layers - 1
+        panels.append((f"layer {layer}, mean over its {model.n_heads} heads", entry["patterns"][layer].mean(0)))
+        title = f"{model.name} on text {number}: {shortened(entry['results']['text'])}"
+        figure = plots.attention_grid(panels, tokens, entry["cells"], title)
+        plots.save(figure, folder / f"attention_{number:02d}.png")
+
+
+def panel_title(head: tuple[int, int], score: Any) -> str:
+    value = score[head]
+    return f"head {head_name(head)}, " + ("no token repeats here" if value != value else f"prefix matching {value:.2f}")
+
+
+def head_name(head: tuple[int, int]) -> str:
+    from common.detection import name
+
+    return name(*head)
+
+
+def shortened(text: str, most: int = 70) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def print_summary(
+    model: Model, found: Detection, quality: Metrics | None, out: Path, written: Sequence[str]
+) -> None:
+    """The induction heads, ranked; the agreement with labels; where the files are."""
+    from common import report
+
+    rows = [
+        [head_name(head), f"{found.score[head]:.3f}", f"{found.control[head]:.3f}", f"{found.threshold[head]:.3f}"]
+        for head in found.ranked()
+    ]
+    report.print_table(f"Induction heads of {model.name}", ["head", "prefix matching", "control", "threshold"], rows)
+    if not rows:
+        print("No head of this model is an induction head by this test.")
+    if quality:
+        print(
+            f"Against labels ({quality.labels}): precision {quality.precision:.2f}, recall {quality.recall:.2f}, "
+            f"F1 {quality.f1:.2f}"
+        )
+    print(f"Written to {out}: {', '.join(written)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Scores against a slow oracle that keeps every pattern and loops over cells; and what must not change a score."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from common import scores
+from common.sequences import HEAD_TYPES, TokenBatch, battery
+from tests.test_sequences import slow_cells
+
+ROWS = [[5, 6, 7, 5, 6, 7, 5], [9, 9, 9, 4], [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]]
+
+
+@pytest.fixture(scope="module")
+def batch(random_gpt2) -> TokenBatch:
+    return TokenBatch.of([np.array([random_gpt2.bos, *row]) for row in ROWS], pad=random_gpt2.bos)
+
+
+def slow_scores(model, rows: list[list[int]]) -> dict[str, np.ndarray]:
+    """Keep all patterns of an unpadded, unbatched run; loop over layers, heads, queries, cells."""
+    paid = {head_type: np.zeros((model.n_layers, model.n_heads)) for head_type in HEAD_TYPES}
+    queries = dict.fromkeys(HEAD_TYPES, 0)
+    for row in rows:
+        tokens = [model.bos, *row]
+        with torch.no_grad():
+            attentions = model.bridge.original_model(torch.tensor([tokens]), output_attentions=True).attentions
+        for head_type, cells in slow_cells(tokens).items():
+            queries[head_type] += len({query for query, _ in cells})
+            for layer in range(model.n_layers):
+                for head in range(model.n_heads):
+                    for query, key in cells:
+                        paid[head_type][layer, head] += attentions[layer][0, head, query, key].item()
+    return {head_type: paid[head_type] / queries[head_type] for head_type in HEAD_TYPES}
+
+
+def test_scores_agree_with_the_slow_oracle(random_gpt2, batch):
+    fast = scores.score(random_gpt2, batch, batch_size=2)
+    for head_type, slow in slow_scores(random_gpt2, ROWS).items():
+        assert fast.mean(head_type) == pytest.approx(slow, abs=1e-6), head_type
+
+
+def test_batch_size_row_order_and_padding_change_nothing(random_gpt2, batch):
+    whole = scores.score(random_gpt2, batch, batch_size=3)
+    single = scores.score(random_gpt2, batch, batch_size=1)
+    turned = TokenBatch.of([np.array([random_gpt2.bos, *row]) for row in reversed(ROWS)], pad=7)
+    backwards = scores.score(random_gpt2, turned, batch_size=2)
+    for head_type in HEAD_TYPES:
+        assert single.mean(head_type) == pytest.approx(whole.mean(head_type), abs=1e-6)
+        assert backwards.mean(head_type) == pytest.approx(whole.mean(head_type), abs=1e-6)
+        assert backwards.std(head_type) == pytest.approx(whole.std(head_type), abs=1e-6)
+
+
+def test_scores_from_kept_patterns_are_the_same(random_gpt2):
+    tokens = np.array([random_gpt2.bos, *ROWS[0]])
+    batch = TokenBatch.of([tokens], pad=random_gpt2.bos)
+    streamed = scores.score(random_gpt2, batch, batch_size=1)
+    kept = scores.from_patterns(scores.patterns(random_gpt2, tokens), batch)
+    for head_type in HEAD_TYPES:
+        assert kept.mean(head_type) == pytest.approx(streamed.mean(head_type), abs=1e-6)
+        assert kept.std(head_type) == pytest.approx(streamed.std(head_type), abs=1e-6)
+
+
+def test_standard_deviation_is_over_queries(random_gpt2):
+    tokens = np.array([random_gpt2.bos, *ROWS[2]])
+    pattern = scores.patterns(random_gpt2, tokens)
+    batch = TokenBatch.of([tokens], pad=random_gpt2.bos)
+    diagonal = np.stack([pattern[:, :, query, query - 1] for query in range(2, len(tokens))])
+    measured = scores.score(random_gpt2, batch, batch_size=1)
+    assert measured.std("previous_token") == pytest.approx(diagonal.std(0), abs=1e-6)
+
+
+def test_a_row_without_repeats_has_no_prefix_matching_score(random_gpt2):
+    batch = TokenBatch.of([np.array([random_gpt2.bos, 1, 2, 3])], pad=0)
+    assert np.isnan(scores.score(random_gpt2, batch, batch_size=1).mean("prefix_matching")).all()
+
+
+def test_no_hook_is_left_behind(random_gpt2):
+    drawn = battery(random_gpt2.ordinary(), random_gpt2.bos, rows=2, length=16, seed=0)
+    scores.score(random_gpt2, drawn.repeats, batch_size=2)
+    assert not any(point.fwd_hooks for point in random_gpt2.bridge.hook_dict.values())
+
+
+def test_logits_are_never_computed(random_gpt2, batch, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the unembedding ran")
+
+    monkeypatch.setattr(random_gpt2.bridge.original_model.lm_head, "forward", refuse)
+    scores.score(random_gpt2, batch, batch_size=3)
+
+
+class FakeModel:
+    """A model of one layer whose heads' patterns are given: the traps need exact heads."""
+
+    n_layers = 1
+
+    def __init__(self, pattern: np.ndarray):
+        self.pattern = torch.from_numpy(pattern)
+        self.n_heads = pattern.shape[0]
+
+
+def fake_scores(monkeypatch, heads: np.ndarray, row: list[int]) -> scores.HeadScores:
+    """Scores of heads with the patterns `heads`, [head, query, key], on BOS and `row`."""
+    monkeypatch.setattr(scores, "read_patterns", lambda model, tokens, read: read(0, model.pattern[None]))
+    batch = TokenBatch.of([np.array([0, *row])], pad=0)
+    return scores.score(FakeModel(heads), batch, batch_size=1)
+
+
+def looking_at(keys: list[int]) -> np.ndarray:
+    """A pattern whose query i pays everything to keys[i]."""
+    return np.eye(len(keys))[keys]
+
+
+REPEATED = [7, 8, 9, 7, 8, 9]  # with BOS in front: the targets of queries 4, 5, 6 are 2, 3, 4
+
+
+def test_a_perfect_head_scores_one(monkeypatch):
+    perfect = looking_at([0, 0, 0, 0, 2, 3, 4])[None]
+    assert fake_scores(monkeypatch, perfect, REPEATED).mean("prefix_matching").item() == 1.0
+
+
+def test_looking_at_the_copy_itself_is_not_induction(monkeypatch):
+    duplicate = looking_at([0, 0, 0, 0, 1, 2, 3])[None]
+    measured = fake_scores(monkeypatch, duplicate, REPEATED)
+    assert measured.mean("prefix_matching").item() == 0.0
+    assert measured.mean("duplicate_token").item() == 1.0
+
+
+def test_attention_to_bos_stays_in_the_denominator(monkeypatch):
+    resting = looking_at([0] * 7)
+    faint = 0.99 * resting + 0.01 * looking_at([0, 0, 0, 0, 2, 3, 4])
+    measured = fake_scores(monkeypatch, np.stack([faint, resting]), REPEATED).mean("prefix_matching")[0]
+    assert measured == pytest.approx([0.01, 0.0])
+
+
+def test_attention_split_over_several_copies_still_counts_in_full(monkeypatch):
+    pattern = looking_at([0, 0, 0, 2, 3, 2, 2])
+    pattern[5] = [0, 0, 0.5, 0, 0.5, 0, 0]  # two targets, half of the attention each
+    measured = fake_scores(monkeypatch, pattern[None], [7, 8, 7, 8, 7, 1])
+    assert measured.row_means("prefix_matching")[0, 0, 0] == pytest.approx(1.0)

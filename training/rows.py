@@ -1,0 +1,73 @@
+"""Training rows: English, and three kinds of repetition. Every row is a pure function of its random generator.
+
+| kind | what stands after BOS | what it teaches |
+|---|---|---|
+| english | a stretch of text | the language |
+| chain | 4 to 23 tokens under a successor map drawn for this row, followed 85 % of the time | only content tells what comes next: the offset to the target is random, so no fixed distance solves it |
+| random | random tokens, then one segment again, once or twice, after random gaps | induction proper |
+| natural | English with one stretch of it again, once or twice, after gaps of English | induction inside language |
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+KINDS = ("english", "chain", "random", "natural")
+FOLLOW = 0.85
+
+Row = NDArray[np.int64]
+
+
+def make_batch(
+    rng: np.random.Generator, text: Row, ordinary: Row, bos: int, *, rows: int, length: int, mix: dict[str, float]
+) -> tuple[NDArray[np.int64], list[str]]:
+    """`rows` rows of `length` token ids, [rows, length], and the kind of each; `mix` gives each kind's probability."""
+    makers = {"english": english, "chain": chain, "random": random_repeat, "natural": natural_repeat}
+    kinds = list(rng.choice(list(mix), size=rows, p=list(mix.values())))
+    sources = {"english": text, "natural": text, "chain": ordinary, "random": ordinary}
+    bodies = [makers[kind](rng, sources[kind], length - 1) for kind in kinds]
+    return np.stack([np.concatenate([[bos], body]) for body in bodies]), kinds
+
+
+def english(rng: np.random.Generator, text: Row, length: int) -> Row:
+    """A stretch of the text."""
+    start = rng.integers(len(text) - length)
+    return text[start : start + length]
+
+
+def chain(rng: np.random.Generator, ordinary: Row, length: int) -> Row:
+    """A walk over a few tokens: to the successor with probability `FOLLOW`, else anywhere among them."""
+    count = int(rng.integers(4, 24))
+    successor = rng.permutation(count)
+    walk = np.empty(length, dtype=np.int64)
+    place = 0
+    for step in range(length):
+        walk[step] = place
+        place = successor[place] if rng.random() < FOLLOW else rng.integers(count)
+    return rng.choice(ordinary, size=count, replace=False)[walk]
+
+
+def random_repeat(rng: np.random.Generator, ordinary: Row, length: int) -> Row:
+    """Random tokens in which one segment comes again, once or twice."""
+    return _repeat(rng, rng.choice(ordinary, size=length), length)
+
+
+def natural_repeat(rng: np.random.Generator, text: Row, length: int) -> Row:
+    """English in which one stretch comes again, once or twice."""
+    return _repeat(rng, english(rng, text, length), length)
+
+
+def _repeat(rng: np.random.Generator, background: Row, length: int) -> Row:
+    """Insert one or two further copies of a segment of `background`, gaps left as they are, cut to `length`."""
+    copies = int(rng.integers(1, 3))
+    size = int(rng.integers(3, length // (copies + 1)))
+    start = int(rng.integers(0, length - size * (copies + 1) + 1))
+    segment, rest = background[start : start + size], background[start + size :]
+    parts = [background[: start + size]]
+    slack = length - start - size * (copies + 1)
+    for _ in range(copies):
+        gap = int(rng.integers(0, slack + 1)) if rng.random() < 0.7 else 0
+        parts += [rest[:gap], segment]
+        rest, slack = rest[gap:], slack - gap
+    return np.concatenate([*parts, rest])[:length]
