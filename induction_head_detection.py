@@ -105,7 +105,9 @@ def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
                 "shorten it or split it"
             )
         if len(tokens) < 3:
-            report.say(f"warning: text {number} ({text!r}) has {len(tokens) - 1} tokens, at least 2 are needed: left out")
+            report.say(
+                f"warning: text {number} ({text!r}) has {len(tokens) - 1} tokens, at least 2 are needed: left out"
+            )
             continue
         kept.append((text, tokens))
     if not kept:
@@ -194,7 +196,9 @@ def draw(folder: Path, model: Model, found: Detection, per_text: Sequence[dict[s
     from common import plots
 
     plots.save(plots.mosaic_figure(found, f"Induction heads of {model.name}"), folder / "mosaic.png")
-    plots.save(plots.threshold_figure(found, f"{model.name}: each head against its own threshold"), folder / "thresholds.png")
+    plots.save(
+        plots.threshold_figure(found, f"{model.name}: each head against its own threshold"), folder / "thresholds.png"
+    )
     for number, entry in enumerate(per_text, start=1):
         score, tokens = entry["score"], entry["results"]["tokens"]
         panels = [(panel_title(head, score), entry["patterns"][head]) for head in entry["heads"]]
@@ -221,9 +225,7 @@ def shortened(text: str, most: int = 70) -> str:
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
-def print_summary(
-    model: Model, found: Detection, quality: Metrics | None, out: Path, written: Sequence[str]
-) -> None:
+def print_summary(model: Model, found: Detection, quality: Metrics | None, out: Path, written: Sequence[str]) -> None:
     """The induction heads, ranked; the agreement with labels; where the files are."""
     from common import report
 

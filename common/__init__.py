@@ -1,1 +1,4 @@
-"""What the two scripts share. Arrows point one way: scripts, report, plots, detection and metrics, scores, sequences and models."""
+"""What the scripts share.
+
+Arrows point one way: scripts -> report, plots -> detection, metrics -> scores -> sequences, models.
+"""

@@ -44,9 +44,7 @@ def shared_parser(description: str) -> Parser:
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="weights (default float32)"
     )
     how.add_argument("--seed", type=whole_number, default=0, metavar="N", help="seed of the random rows (default 0)")
-    how.add_argument(
-        "--batch-size", type=positive, default=8, metavar="ROWS", help="rows per forward pass (default 8)"
-    )
+    how.add_argument("--batch-size", type=positive, default=8, metavar="ROWS", help="rows per forward pass (default 8)")
     out = parser.add_argument_group("what to write")
     out.add_argument(
         "--out", type=Path, metavar="DIR", help="output folder (default outputs/<model>/<script>); replaced as a whole"
@@ -115,8 +113,8 @@ def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, pr
     except UserError as error:
         if args.debug:
             traceback.print_exc()
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.stderr.write(f"{program}: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
-        print(f"{program}: stopped; nothing was written", file=sys.stderr)
+        sys.stderr.write(f"{program}: stopped; nothing was written\n")
         return INTERRUPTED

@@ -49,7 +49,9 @@ def evaluate(detected: NDArray[np.bool_], score: Floats, labels: Labels) -> Metr
         truth.ravel(), detected.ravel(), average="binary", zero_division=0.0
     )
     average = average_precision_score(truth.ravel(), score.ravel()) if truth.any() else None
-    return Metrics(float(precision), float(recall), float(f1), None if average is None else float(average), labels.source)
+    return Metrics(
+        float(precision), float(recall), float(f1), None if average is None else float(average), labels.source
+    )
 
 
 def read_labels(path: Path, n_layers: int, n_heads: int) -> Labels:

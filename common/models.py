@@ -64,8 +64,7 @@ class Model:
 
     def strings(self, tokens: NDArray[np.int64]) -> list[str]:
         """Each token of a row as a reader should see it: BOS by name, spaces and line ends made visible."""
-        named = ["BOS" if token == self.bos else visible(self.tokenizer.decode([int(token)])) for token in tokens]
-        return named
+        return ["BOS" if token == self.bos else visible(self.tokenizer.decode([int(token)])) for token in tokens]
 
 
 def visible(token: str) -> str:
@@ -107,9 +106,7 @@ class _Seen(Exception):
     """Raised in the last hook that is needed, to leave the forward pass there."""
 
 
-def read_patterns(
-    model: Model, tokens: NDArray[np.int64], read: Callable[[int, torch.Tensor], None]
-) -> None:
+def read_patterns(model: Model, tokens: NDArray[np.int64], read: Callable[[int, torch.Tensor], None]) -> None:
     """Run [batch, pos] token ids and hand each layer's pattern, [batch, head, query, key], to `read(layer, pattern)`.
 
     Leaves the forward pass after the last layer's pattern. Layers that never show one are not handed on.
@@ -155,17 +152,21 @@ def _auto() -> tuple[Path, str, str]:
         folder, shown, source = _named(GPT2)
         return folder, shown, f"{source}, chosen by --model auto"
     except UserError:
-        return MINI, "mini", "bundled with this project; --model auto found GPT-2 small neither in the cache nor on the hub"
+        return (
+            MINI,
+            "mini",
+            "bundled with this project; --model auto found GPT-2 small neither in the cache nor on the hub",
+        )
 
 
 def _named(name: str) -> tuple[Path, str, str]:
-    """A model of the hub: from the local cache where it is whole, else downloaded. Raises UserError where neither works."""
+    """A model of the hub: from the local cache where it is whole, else downloaded; UserError where neither works."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
 
     repository = resolve_model_alias(name) or name
-    wanted = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
+    wanted: dict[str, Any] = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
     try:
         folder = Path(snapshot_download(repository, local_files_only=True, **wanted))
         if _has_weights(folder):
@@ -206,8 +207,9 @@ def _ask_hub(repository: str, name: str) -> None:
     if isinstance(problem, RepositoryNotFoundError):
         raise UserError(f"the Hugging Face hub has no model '{name}'; check the name, or use --model mini")
     raise UserError(
-        f"'{name}' is no folder, is not in the local Hugging Face cache, and the hub cannot be reached: use --model mini, "
-        f"or run `hf download {repository}` where there is a network and copy the cache folder over (HF_HOME names it)"
+        f"'{name}' is no folder and not in the local Hugging Face cache, and the hub cannot be reached: "
+        f"use --model mini, or run `hf download {repository}` where there is a network and copy the cache folder over "
+        "(HF_HOME names it)"
     )
 
 
@@ -242,7 +244,9 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here ({_first_line(error)}); --device cpu always can") from None
+        raise UserError(
+            f"--device {device} cannot be used here ({_first_line(error)}); --device cpu always can"
+        ) from None
 
 
 def _read(folder: Path, shown: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:

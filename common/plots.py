@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -62,7 +63,9 @@ def mosaic(axes: Axes, found: Detection, title: str) -> Axes:
     axes.set(xlabel="head", ylabel="layer", title=title)
     axes.tick_params(axis="y", rotation=0)
     axes.legend(
-        handles=[Patch(fill=False, edgecolor=MARK, linewidth=2, label="induction head (score above its own threshold)")],
+        handles=[
+            Patch(fill=False, edgecolor=MARK, linewidth=2, label="induction head (score above its own threshold)")
+        ],
         loc="upper left",
         bbox_to_anchor=(0, -0.12),
         frameon=False,
@@ -98,7 +101,7 @@ def thresholds(axes: Axes, found: Detection, title: str) -> Axes:
     axes.set_xlim(-0.02, 1.02)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
-    style = {"linestyle": "none", "markersize": 6}
+    style: dict[str, Any] = {"linestyle": "none", "markersize": 6}
     axes.legend(
         handles=[
             Line2D([], [], marker="o", color=MARK, label="score: induction head", **style),

@@ -36,7 +36,8 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "scikit-learn"
 
 def say(message: str) -> None:
     """One line for the person who waits, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
 
 
 @contextmanager

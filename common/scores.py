@@ -68,9 +68,11 @@ def score(
 
 
 def from_patterns(patterns: Floats, batch: TokenBatch) -> HeadScores:
-    """Scores from the patterns of one row, [layers, heads, query, key]: as `score`, where the patterns are kept anyway."""
+    """As `score`, from patterns of one row that were kept anyway, [layers, heads, query, key]."""
     layers = [torch.from_numpy(pattern)[None] for pattern in patterns]
-    paid = {name: np.stack([_attention_per_query(layer, cells) for layer in layers]) for name, cells in batch.cells.items()}
+    paid = {
+        name: np.stack([_attention_per_query(layer, cells) for layer in layers]) for name, cells in batch.cells.items()
+    }
     return HeadScores(
         sums={name: values.sum(1)[None] for name, values in paid.items()},
         squares={name: (values**2).sum(1)[None] for name, values in paid.items()},
@@ -80,7 +82,7 @@ def from_patterns(patterns: Floats, batch: TokenBatch) -> HeadScores:
 
 
 def patterns(model: Model, tokens: NDArray[np.int64]) -> Floats:
-    """The attention pattern of every head on one row of ids, [layers, heads, query, key]; for texts, which are short."""
+    """The attention pattern of every head on one row of ids, [layers, heads, query, key]; for short texts."""
     kept: list[Floats] = []
     read_patterns(model, tokens[None], lambda layer, pattern: kept.append(pattern[0].double().cpu().numpy()))
     return np.stack(kept)

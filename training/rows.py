@@ -1,11 +1,10 @@
 """Training rows: English, and three kinds of repetition. Every row is a pure function of its random generator.
 
-| kind | what stands after BOS | what it teaches |
-|---|---|---|
-| english | a stretch of text | the language |
-| chain | 4 to 23 tokens under a successor map drawn for this row, followed 85 % of the time | only content tells what comes next: the offset to the target is random, so no fixed distance solves it |
-| random | random tokens, then one segment again, once or twice, after random gaps | induction proper |
-| natural | English with one stretch of it again, once or twice, after gaps of English | induction inside language |
+english: a stretch of text.
+chain:   4 to 23 tokens under a successor map drawn for this row, followed 85 % of the time. Only content tells what
+         comes next: the offset to the target is random, so no head that looks back a fixed distance solves it.
+random:  random tokens, then one segment again, once or twice, after random gaps.
+natural: English with one stretch of it again, once or twice, after gaps of English.
 """
 
 from __future__ import annotations

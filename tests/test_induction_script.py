@@ -1,0 +1,219 @@
+"""The script end to end, in process, on small models: files, contract, and one line for what a user gets wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import induction_head_detection as script
+from common import metrics, models
+from tests.conftest import ROOT
+from tests.test_models import cache, put_in_cache  # noqa: F401  (a fixture)
+
+QUICK = ["--text", "the cat sat the cat sat"]
+
+
+def run(*arguments: str) -> int:
+    return script.main([*arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The default texts on `mini`, pictures and all."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert run("--model", "mini", "--out", str(out)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(finished):
+    return json.loads((finished / "results.json").read_text(encoding="utf-8"))
+
+
+def test_the_default_run_leaves_pictures_numbers_and_table(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"results.json", "heads.csv", "mosaic.png", "thresholds.png",
+                     *(f"attention_{number:02d}.png" for number in range(1, 5))}  # fmt: skip
+    for path in finished.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_mini_has_at_least_two_induction_heads_and_agrees_with_its_labels(results):
+    assert len(results["induction_heads"]) >= 2
+    assert results["metrics"]["f1"] >= 0.8
+    assert results["metrics"]["labels"]
+
+
+def test_results_follow_the_contract(results):
+    for key in ("schema", "argv", "seed", "versions", "model", "device", "wall_seconds"):
+        assert key in results
+    assert set(results["model"]) == {"name", "source", "fingerprint"}
+    head = results["heads"][0]
+    for key in ("layer", "head", "prefix_matching", "control", "threshold", "induction", "previous_token",
+                "duplicate_token", "first_token", "current_token"):  # fmt: skip
+        assert key in head
+    detected = {f"{head['layer']}.{head['head']}" for head in results["heads"] if head["induction"]}
+    assert detected == set(results["induction_heads"])
+    assert [entry["text"] for entry in results["sequences"]] == script.sequences
+
+
+def test_numbers_are_finite_and_shares_of_attention(results):
+    text = json.dumps(results)
+    assert "NaN" not in text and "Infinity" not in text
+    for head in results["heads"]:
+        for score in ("prefix_matching", "control", "previous_token", "first_token", "current_token"):
+            assert 0 <= head[score] <= 1 and math.isfinite(head[score])
+
+
+def test_a_text_without_repeats_has_no_prefix_matching(results):
+    no_repeat = results["sequences"][0]["text"]
+    assert no_repeat == "the cat sat on the mat"
+    assert results["sequences"][1]["queries"] > 0
+
+
+def test_the_csv_is_the_head_table(finished, results):
+    with (finished / "heads.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results["heads"])
+    assert [float(row["prefix_matching"]) for row in rows] == [head["prefix_matching"] for head in results["heads"]]
+
+
+def test_same_seed_same_numbers_and_batch_size_does_not_matter(random_gpt2_folder, tmp_path):
+    tables = []
+    for number, size in enumerate(("8", "8", "3")):
+        out = tmp_path / str(number)
+        assert (
+            run("--model", str(random_gpt2_folder), "--out", str(out), "--no-plots", "--batch-size", size, *QUICK) == 0
+        )
+        tables.append((out / "heads.csv").read_text())
+    assert tables[0] == tables[1]
+    first, third = (np.array([[float(x) if x not in ("True", "False") else 0.0 for x in line.split(",")]
+                              for line in table.splitlines()[1:]]) for table in (tables[0], tables[2]))  # fmt: skip
+    assert third == pytest.approx(first, abs=1e-5)
+
+
+def test_a_random_model_has_no_induction_head(random_gpt2_folder, tmp_path, capsys):
+    assert run("--model", str(random_gpt2_folder), "--out", str(tmp_path / "o"), "--no-plots", *QUICK) == 0
+    assert json.loads((tmp_path / "o" / "results.json").read_text())["induction_heads"] == []
+    assert "No head" in capsys.readouterr().out
+
+
+def test_gpt2_from_a_hub_cache_runs_offline(cache, random_gpt2_folder, tmp_path, capsys):  # noqa: F811
+    put_in_cache(cache, random_gpt2_folder, "gpt2")
+    assert run("--model", "gpt2", "--out", str(tmp_path / "o"), "--no-plots", *QUICK) == 0
+    model = json.loads((tmp_path / "o" / "results.json").read_text())["model"]
+    assert model["name"] == "gpt2" and "cache" in model["source"]
+    assert "gpt2" in capsys.readouterr().err
+
+
+def test_the_real_gpt2_small_has_its_published_heads_in_front(tmp_path):
+    try:
+        models.load("gpt2")
+    except models.UserError as error:
+        pytest.skip(f"GPT-2 small cannot be loaded here: {error}")
+    assert run("--model", "gpt2", "--out", str(tmp_path / "o"), "--no-plots", *QUICK) == 0
+    found = json.loads((tmp_path / "o" / "results.json").read_text())["induction_heads"]
+    assert set(found[:5]) == {"5.1", "5.5", "6.9", "7.2", "7.10"}
+
+
+def one_line(capsys) -> str:
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("induction_head_detection:")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--text", ""], "no text to analyse"),
+        (["--text", "a"], "no text to analyse"),
+        (["--text", "a b " * 2000], "at most 512"),
+        (["--sequences-file", "does-not-exist.txt"], "cannot read does-not-exist.txt"),
+        (["--model", "no/such/folder", *QUICK], "no/such/folder"),
+        (["--labels", "does-not-exist.json", *QUICK], "cannot read labels"),
+        (["--out", "LICENSE", *QUICK], "cannot write to LICENSE"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line_and_exit_2(arguments, reason, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    defaults = ["--model", "mini", "--no-plots", "--out", str(tmp_path / "o")]
+    assert run(*defaults, *arguments) == 2
+    assert re.search(re.escape(reason), one_line(capsys))
+    assert not (tmp_path / "o" / "results.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--threshold", "high"], ["--threshold", "1.5"], ["--seed", "-1"],
+                                       ["--batch-size", "0"], ["--dtype", "int8"], ["--nonsense"]])  # fmt: skip
+def test_a_wrong_flag_is_one_line_and_exit_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_empty_list_of_texts_is_said(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(script, "sequences", [])
+    assert run("--model", "mini", "--no-plots", "--out", str(tmp_path)) == 2
+    assert "no text to analyse" in one_line(capsys)
+
+
+def test_a_file_that_is_not_utf8_is_said(tmp_path, capsys):
+    (tmp_path / "latin.txt").write_bytes("caf\xe9 caf\xe9".encode("latin-1"))
+    assert run("--model", "mini", "--sequences-file", str(tmp_path / "latin.txt"), "--out", str(tmp_path / "o")) == 2
+    assert "not UTF-8" in one_line(capsys)
+
+
+def test_a_short_text_is_left_out_and_the_others_go_on(tmp_path, capsys):
+    (tmp_path / "texts.txt").write_text("a\n\nthe cat sat the cat sat\n", encoding="utf-8")
+    arguments = ["--sequences-file", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "o"), "--no-plots"]
+    assert run("--model", "mini", *arguments) == 0
+    assert "left out" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "o" / "results.json").read_text())["sequences"]) == 1
+
+
+def test_a_failed_run_leaves_the_old_files(tmp_path, monkeypatch):
+    out = tmp_path / "o"
+    assert run("--model", "mini", "--no-plots", "--out", str(out), *QUICK) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "head_table", fail)
+    assert run("--model", "mini", "--no-plots", "--out", str(out), *QUICK) == 130
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
+def test_a_fixed_threshold_holds_for_every_head(tmp_path):
+    assert run("--model", "mini", "--no-plots", "--threshold", "0.05", "--out", str(tmp_path), *QUICK) == 0
+    for head in json.loads((tmp_path / "results.json").read_text())["heads"]:
+        assert head["threshold"] == 0.05
+        assert head["induction"] == (head["prefix_matching"] >= 0.05)
+
+
+def test_help_needs_no_heavy_import():
+    code = "import sys, induction_head_detection as s\ntry: s.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print(sorted({'torch', 'numpy', 'matplotlib', 'transformers', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--threshold" in done.stdout
+
+
+def test_labels_of_mini_name_heads_that_exist(mini):
+    labels = metrics.read_labels(mini.labels_file, mini.n_layers, mini.n_heads)
+    assert labels.heads and labels.source
+
+
+def test_started_from_another_folder_it_still_finds_mini(tmp_path):
+    command = [sys.executable, str(ROOT / "induction_head_detection.py"), "--model", "mini", "--no-plots", *QUICK]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Induction heads of mini" in done.stdout
+    assert (tmp_path / "outputs" / "mini" / "induction_head_detection" / "results.json").exists()

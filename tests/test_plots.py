@@ -1,0 +1,96 @@
+"""Pictures, checked through their artists."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.patches import Rectangle
+
+from common import plots
+from common.detection import detect
+
+TOKENS = ["BOS", "a", "·b", "c", "a", "·b"]
+CELLS = [(4, 2), (5, 3)]
+
+
+@pytest.fixture
+def axes():
+    figure, axes = plt.subplots()
+    yield axes
+    plt.close(figure)
+
+
+@pytest.fixture
+def found():
+    score = np.array([[0.1, 0.9, 0.2], [0.05, 0.3, 0.02]])
+    return detect(score, np.full((2, 3), 0.05), np.full((2, 3), 0.01))
+
+
+@pytest.fixture
+def pattern():
+    """Mostly on BOS, the rest on the target or the token itself."""
+    pattern = np.tril(np.full((6, 6), 0.01))
+    pattern[:, 0] = 0.9
+    for cell in CELLS:
+        pattern[cell] = 0.3
+    return pattern
+
+
+def outlines(axes) -> list[tuple[float, float]]:
+    return [patch.get_xy() for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_linewidth() > 1]
+
+
+def test_mosaic_outlines_and_names_the_induction_heads_alone(axes, found):
+    plots.mosaic(axes, found, "title")
+    assert set(outlines(axes)) == {(head, layer) for layer, head in found.ranked()}
+    named = {text.get_text() for text in axes.texts if "." in text.get_text() and len(text.get_text()) == 3}
+    assert named == {f"{layer}.{head}" for layer, head in found.ranked()}
+
+
+def test_thresholds_are_drawn_where_they_are_highest_head_on_top(axes, found):
+    plots.thresholds(axes, found, "title")
+    assert [label.get_text() for label in axes.get_yticklabels()][0] == "0.1"
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]
+    drawn = {round(float(line.get_xdata()[0]), 6) for line in axes.lines if line.get_marker() == "|"}
+    assert drawn == {round(value, 6) for value in found.threshold.ravel().tolist()}
+
+
+def test_bos_does_not_set_the_colours_and_the_future_is_blank(axes, pattern):
+    plots.attention(axes, pattern, TOKENS, CELLS, "title", slice(0, 6))
+    main, bos = axes.images
+    assert main.get_clim() == (0.0, pytest.approx(0.3))
+    assert main.get_array().mask[:, 0].all() and not bos.get_array().mask[:, 0].any()
+    for index, query in enumerate(range(1, 6)):
+        assert main.get_array().mask[index, query + 1 :].all()
+        assert not main.get_array().mask[index, 1 : query + 1].any()
+
+
+def test_induction_cells_are_outlined_where_they_are_drawn(axes, pattern):
+    plots.attention(axes, pattern, TOKENS, CELLS, "title", slice(0, 6))
+    assert set(outlines(axes)) == {(key - 0.5, query - 1.5) for query, key in CELLS}
+    drawn = axes.images[0].get_array()
+    for query, key in CELLS:
+        assert drawn[query - 1, key] == pytest.approx(0.3)
+
+
+def test_tokens_stand_on_both_axes(axes, pattern):
+    plots.attention(axes, pattern, TOKENS, CELLS, "title", slice(0, 6))
+    assert [label.get_text() for label in axes.get_xticklabels()] == TOKENS
+    assert [label.get_text() for label in axes.get_yticklabels()] == TOKENS[1:]
+
+
+def test_a_long_text_is_shown_where_its_induction_is():
+    cells = [(query, query - 30) for query in range(200, 220)]
+    window = plots.attention_window(400, cells)
+    assert window.stop - window.start == plots.LONGEST
+    assert all(window.start <= key and query < window.stop for query, key in cells[:10])
+    assert plots.attention_window(10, []) == slice(0, 10)
+    assert plots.attention_window(400, []).start == 0
+
+
+def test_mathtext_in_a_token_stays_text(axes, tmp_path, pattern):
+    hostile = ["BOS", "$x_1", "\\frac{", "a$", "%", "^_"]
+    plots.attention(axes, pattern, hostile, CELLS, "$\\bad", slice(0, 6))
+    axes.figure.savefig(tmp_path / "hostile.png")
+    assert [label.get_text() for label in axes.get_xticklabels()] == hostile

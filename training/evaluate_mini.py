@@ -1,0 +1,111 @@
+"""Print the figures that a model's README quotes: its heads, its losses on repeats, and a continuation.
+
+    python training/evaluate_mini.py                                   # models/mini
+    python training/evaluate_mini.py --model models/mini-checkpoints/step-0100
+
+Measured on fresh random rows with a repeat and on rows made of held-out English sentences said twice. "Repeats" are the
+tokens of the second copy but its first, "fresh" all tokens before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common import models, scores
+from common.sequences import Ints, TokenBatch, battery
+
+ROWS = 32
+LENGTH = 128
+SEED = 20_000  # no training row is drawn with it
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mini", help="mini or a folder (default mini)")
+    parser.add_argument("--held-out", type=Path, default=models.MINI / "held_out.txt", help="text not trained on")
+    args = parser.parse_args()
+    model = models.load(args.model)
+    random_rows = battery(model.ordinary(), model.bos, rows=ROWS, length=LENGTH, seed=SEED).repeats
+    report(model, "random tokens", random_rows)
+    text = args.held_out.read_text(encoding="utf-8")
+    report(model, "held-out English, said twice", said_twice(model, text))
+    print(f"loss on held-out English: {plain_loss(model, text):.2f} nats per token")
+    for start in ("And the king said unto", "She was not at all", "In the beginning"):
+        print(f"{start!r} continues: {continuation(model, start)!r}")
+
+
+def said_twice(model: models.Model, text: str) -> TokenBatch:
+    """Rows of BOS, a stretch of text, and the same stretch again."""
+    ids = model.encode(text)[1:]
+    size = (LENGTH - 1) // 2
+    starts = np.linspace(0, len(ids) - size, ROWS).astype(int)
+    rows = [np.concatenate([[model.bos], ids[start : start + size], ids[start : start + size]]) for start in starts]
+    return TokenBatch.of(rows, pad=model.bos)
+
+
+def report(model: models.Model, what: str, batch: TokenBatch) -> None:
+    measured = scores.score(model, batch, batch_size=8)
+    print(f"{what} ({len(batch.tokens)} rows of {batch.tokens.shape[1]} tokens)")
+    for head_type in ("previous_token", "prefix_matching"):
+        mean = measured.mean(head_type)
+        best = np.argsort(-mean, axis=None)[:5]
+        named = [f"{place // model.n_heads}.{place % model.n_heads} {mean.flat[place]:.2f}" for place in best]
+        print(f"  {head_type}: {', '.join(named)}")
+    repeat, fresh = split_losses(model, batch)
+    print(f"  loss on repeats {repeat:.2f}, on fresh tokens {fresh:.2f}, ratio {repeat / fresh:.2f}")
+
+
+def token_losses(model: models.Model, tokens: Ints) -> torch.Tensor:
+    """Loss of each token given those before it, [rows, pos - 1], in nats."""
+    ids = torch.from_numpy(tokens)
+    with torch.inference_mode():
+        logits = model.bridge.original_model(ids).logits.float()
+    return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def split_losses(model: models.Model, batch: TokenBatch) -> tuple[float, float]:
+    """Mean loss at tokens that continue a repeat, and at tokens before the first repeat."""
+    losses = token_losses(model, batch.tokens)
+    repeated = continuing(batch)
+    first = np.where(repeated.any(1), repeated.argmax(1), batch.tokens.shape[1])
+    fresh = np.arange(batch.tokens.shape[1]) < first[:, None]
+    return losses[repeated[:, 1:]].mean().item(), losses[fresh[:, 1:]].mean().item()
+
+
+def continuing(batch: TokenBatch) -> NDArray[np.bool_]:
+    """Which tokens, [rows, pos], are what followed an earlier copy of the token before them."""
+    cells = batch.cells["prefix_matching"]
+    inside = cells.query + 1 < batch.tokens.shape[1]
+    row, query, key = cells.row[inside], cells.query[inside], cells.key[inside]
+    same = batch.tokens[row, query + 1] == batch.tokens[row, key]
+    mask = np.zeros(batch.tokens.shape, dtype=bool)
+    mask[row[same], query[same] + 1] = True
+    return mask
+
+
+def plain_loss(model: models.Model, text: str) -> float:
+    ids = model.encode(text)[1:]
+    starts = range(0, len(ids) - LENGTH, LENGTH)
+    rows = np.stack([np.concatenate([[model.bos], ids[start : start + LENGTH]]) for start in starts])
+    return token_losses(model, rows).mean().item()
+
+
+def continuation(model: models.Model, start: str, count: int = 30) -> str:
+    """The likeliest continuation, token by token."""
+    ids = torch.from_numpy(model.encode(start))[None]
+    with torch.inference_mode():
+        for _ in range(count):
+            ids = torch.cat([ids, model.bridge.original_model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return model.tokenizer.decode(ids[0, 1:])
+
+
+if __name__ == "__main__":
+    main()
