@@ -63,7 +63,10 @@ def find_induction_heads(args: argparse.Namespace) -> None:
     """Load, score, decide, evaluate, look at the texts, report."""
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
-    from common import models, report
+    from common import report
+
+    report.say(f"loading --model {args.model} …")
+    from common import models
 
     model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")

@@ -174,7 +174,7 @@ def attention_grid(
     """A figure with one attention panel (title, pattern [query, key]) beside the other."""
     window = attention_window(len(tokens), cells)
     side = max(3.6, 0.21 * min(len(tokens), LONGEST) + 1.6)
-    columns = min(len(panels), 3 if side < 6 else 2)
+    columns = min(len(panels), 3 if side < 7 else 2)
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(side * columns + 0.8, side * rows + 1.2), squeeze=False, layout="constrained"

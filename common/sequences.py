@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import UserError
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -138,12 +140,12 @@ class Battery:
 def battery(ordinary: Ints, bos: int, *, rows: int, length: int, seed: int) -> Battery:
     """Draw `rows` rows of `length` ids from the `ordinary` tokens; row r depends on (seed, r) alone.
 
-    Raises ValueError where a row is too short to hold a segment twice or there are fewer than two ordinary tokens.
+    Raises UserError where a row is too short to hold a segment twice or there are fewer than two ordinary tokens.
     """
     if length < 8:
-        raise ValueError(f"a row of {length} tokens is too short for a repeat: 8 are needed")
+        raise UserError(f"a row of {length} tokens is too short for a repeat: the model must read at least 8")
     if len(ordinary) < 2:
-        raise ValueError("the vocabulary has fewer than two ordinary tokens: there is nothing to repeat")
+        raise UserError("the vocabulary has fewer than two ordinary tokens: there is nothing to repeat")
     pairs = [_battery_row(np.random.default_rng([seed, row]), ordinary, bos, length) for row in range(rows)]
     repeats = TokenBatch.of([repeat for repeat, _ in pairs], pad=bos)
     controls = TokenBatch(np.stack([control for _, control in pairs]), repeats.lengths, repeats.cells)
