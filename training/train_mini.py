@@ -33,9 +33,10 @@ BOS = "<|endoftext|>"
 VOCABULARY = 2048
 CONFIG = {"n_positions": 512, "n_embd": 128, "n_layer": 3, "n_head": 4}
 POSITION_SCALE = 0.3  # size of the sinusoidal start of the position embeddings; learned from there
-STEPS = 2100
+STEPS = 3600
 WARM_UP = 100
-PEAK_RATE, FINAL_RATE = 2e-3, 1e-4
+CYCLES = ((0, 2100, 2e-3), (2100, 3600, 1.5e-3))  # from step, to step, peak learning rate
+FINAL_RATE = 1e-4
 KEEP = (100, 400, 700, 1200)  # steps whose weights are kept as 16-bit checkpoints
 SAVE_EVERY = 100
 
@@ -59,6 +60,8 @@ STAGES = (
     Stage(0, 96, 64, {"chain": 1.0}, active=512),
     Stage(700, 256, 32, {"english": 0.60, "chain": 0.10, "random": 0.15, "natural": 0.15}),
     Stage(1950, 512, 16, {"english": 0.55, "chain": 0.10, "random": 0.15, "natural": 0.20}),
+    Stage(2100, 256, 32, {"english": 0.45, "chain": 0.05, "random": 0.15, "natural": 0.35}),
+    Stage(3450, 512, 16, {"english": 0.50, "chain": 0.05, "random": 0.15, "natural": 0.30}),
 )
 
 
@@ -126,7 +129,7 @@ def train(args: argparse.Namespace, text: rows.Row, tokenizer: GPT2TokenizerFast
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=FINAL_RATE, fused=True)
     start = resume(args.out / "state.pt", model, optimizer)
     ordinary = np.array([token for token in range(len(tokenizer)) if token != bos])
     with progress_bar() as bar:
@@ -137,7 +140,7 @@ def train(args: argparse.Namespace, text: rows.Row, tokenizer: GPT2TokenizerFast
             known = ordinary[ordinary < stage.active]
             tokens, kinds = rows.make_batch(rng, text, known, bos, rows=stage.rows, length=stage.length, mix=stage.mix)
             tokens_there = torch.from_numpy(tokens).to(device)
-            losses = one_step(model, optimizer, tokens_there, rate(step, args.steps), stage.active)
+            losses = one_step(model, optimizer, tokens_there, rate(step), stage.active)
             bar.update(task, advance=1, description=f"loss {losses.mean():.2f}")
             log(args.out / "log.csv", step + 1, losses, kinds)
             if step + 1 in KEEP:
@@ -167,12 +170,13 @@ def one_step(
     return flat.detach().float().view_as(targets).mean(1).cpu()
 
 
-def rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine from the peak to the final rate."""
-    if step < WARM_UP:
-        return PEAK_RATE * (step + 1) / WARM_UP
-    done = (step - WARM_UP) / max(1, steps - WARM_UP)
-    return FINAL_RATE + (PEAK_RATE - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+def rate(step: int) -> float:
+    """Per cycle: linear warm-up, then a cosine from its peak to the final rate."""
+    start, stop, peak = next(cycle for cycle in reversed(CYCLES) if step >= cycle[0])
+    if step < start + WARM_UP:
+        return peak * (step - start + 1) / WARM_UP
+    done = min(1.0, (step - start - WARM_UP) / (stop - start - WARM_UP))
+    return FINAL_RATE + (peak - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def resume(path: Path, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer) -> int:
