@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Find the induction heads of a language model, say how sure that is, and draw what they do on your texts.
+"""Find the induction heads of a language model, check them against ground truth, draw what they do on your texts.
 
     python induction_head_detection.py                                  # GPT-2 small if it can be had, else mini
     python induction_head_detection.py --model mini --text "a b c a b"  # bundled model, no network, your text
@@ -86,9 +86,9 @@ def find_induction_heads(args: argparse.Namespace) -> None:
             "induction_heads": [head_name(head) for head in found.ranked()],
             "metrics": vars(quality) if quality else None,
             "sequences": [entry["results"] for entry in per_text],
+            "files": (written := sorted([*(path.name for path in folder.iterdir()), "results.json"])),
         }
         report.write_json(folder / "results.json", results)
-        written = sorted(path.name for path in folder.iterdir())
     print_summary(model, found, quality, args.out or Path("outputs") / model.name / PROGRAM, written)
 
 

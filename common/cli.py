@@ -46,9 +46,7 @@ def shared_parser(description: str) -> Parser:
     how.add_argument("--seed", type=whole_number, default=0, metavar="N", help="seed of the random rows (default 0)")
     how.add_argument("--batch-size", type=positive, default=8, metavar="ROWS", help="rows per forward pass (default 8)")
     out = parser.add_argument_group("what to write")
-    out.add_argument(
-        "--out", type=Path, metavar="DIR", help="output folder (default outputs/<model>/<script>); replaced as a whole"
-    )
+    out.add_argument("--out", type=Path, metavar="DIR", help="output folder (default outputs/<model>/<script>)")
     out.add_argument("--no-plots", action="store_true", help="numbers only, no pictures")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model's own Python code run")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

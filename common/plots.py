@@ -177,7 +177,7 @@ def attention_grid(
     columns = min(len(panels), 3 if side < 7 else 2)
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(side * columns + 0.8, side * rows + 1.2), squeeze=False, layout="constrained"
+        rows, columns, figsize=(side * columns + 0.8, 0.88 * side * rows + 1.2), squeeze=False, layout="constrained"
     )
     for place, (label, pattern) in zip(axes.flat, panels, strict=False):
         attention(place, pattern, tokens, cells, label, window)

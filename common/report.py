@@ -54,6 +54,8 @@ def progress(what: str, total: int) -> Iterator[Any]:
 def output_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder to write a run into; when the block ends well, its files move to `final`.
 
+    What an earlier run left there and this one did not write anew (its results.json lists its `files`) is removed;
+    other files stay. results.json moves last.
     Raises UserError where nothing can be written there, before any work is done.
     """
     try:
@@ -65,12 +67,23 @@ def output_folder(final: Path) -> Iterator[Path]:
         raise UserError(f"cannot write to {final}: {error.strerror}; choose another folder with --out") from None
     try:
         yield staging
+        for stale in _files_of_earlier_run(final) - {path.name for path in staging.iterdir()}:
+            (final / stale).unlink(missing_ok=True)
         for path in sorted(staging.iterdir(), key=lambda path: path.name == "results.json"):
             os.replace(path, final / path.name)
     except OSError as error:
         raise UserError(f"writing to {final} failed: {error.strerror}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _files_of_earlier_run(folder: Path) -> set[str]:
+    """The plain file names that the results.json in `folder` lists, if there is one."""
+    try:
+        listed = json.loads((folder / "results.json").read_text(encoding="utf-8"))["files"]
+        return {name for name in listed if isinstance(name, str) and Path(name).name == name}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

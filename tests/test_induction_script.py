@@ -192,6 +192,15 @@ def test_a_failed_run_leaves_the_old_files(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
 
 
+def test_a_new_run_leaves_no_picture_of_the_old_one_and_every_other_file(tmp_path):
+    common = ["--model", "mini", "--out", str(tmp_path)]
+    assert run(*common, *QUICK, "--text", "one two one two") == 0
+    assert (tmp_path / "attention_02.png").exists()
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(*common, *QUICK, "--no-plots") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "heads.csv", "notes.txt"}
+
+
 def test_a_fixed_threshold_holds_for_every_head(tmp_path):
     assert run("--model", "mini", "--no-plots", "--threshold", "0.05", "--out", str(tmp_path), *QUICK) == 0
     for head in json.loads((tmp_path / "results.json").read_text())["heads"]:

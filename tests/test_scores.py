@@ -55,8 +55,9 @@ def test_batch_size_row_order_and_padding_change_nothing(random_gpt2, batch):
         assert backwards.std(head_type) == pytest.approx(whole.std(head_type), abs=1e-6)
 
 
-def test_scores_from_kept_patterns_are_the_same(random_gpt2):
-    tokens = np.array([random_gpt2.bos, *ROWS[0]])
+@pytest.mark.parametrize("row", [ROWS[0], [3, 4, 3]], ids=["longer", "as many tokens as heads"])
+def test_scores_from_kept_patterns_are_the_same(random_gpt2, row):
+    tokens = np.array([random_gpt2.bos, *row])
     batch = TokenBatch.of([tokens], pad=random_gpt2.bos)
     streamed = scores.score(random_gpt2, batch, batch_size=1)
     kept = scores.from_patterns(scores.patterns(random_gpt2, tokens), batch)
