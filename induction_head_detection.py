@@ -13,21 +13,22 @@ below, or --text, or --sequences-file.) Writes PNGs, results.json and heads.csv 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli
+from common import cli, report
+from common.detection import Detection, detect, name
 from common.errors import UserError
+from common.sequences import HEAD_TYPES, Ints, TokenBatch, battery
 
-if TYPE_CHECKING:
-    from common.detection import Detection
-    from common.metrics import Metrics
+if TYPE_CHECKING:  # what loads torch, scikit-learn or matplotlib is imported where it is used: --help stays quick
+    from common.metrics import Labels, Metrics
     from common.models import Model
     from common.scores import HeadScores
-    from common.sequences import Ints
 
 # Edit me: the texts to look at.
 sequences = [
@@ -63,33 +64,34 @@ def find_induction_heads(args: argparse.Namespace) -> None:
     """Load, score, decide, evaluate, look at the texts, report."""
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
-    from common import report
-
     report.say(f"loading --model {args.model} …")
     from common import models
 
     model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
     encoded = encode(model, texts)
-    with report.output_folder(args.out or Path("outputs") / model.name / PROGRAM) as folder:
+    labels = choose_labels(model, args.labels)
+    out = args.out or Path("outputs") / model.name / PROGRAM
+    with report.output_folder(out) as folder:
         repeats, controls = score_battery(model, args)
         found = decide(repeats, controls, args.threshold)
-        quality = evaluate(found, model, args.labels)
+        quality = evaluate(found, labels)
         per_text = [analyse_text(model, text, tokens, found) for text, tokens in encoded]
         heads = head_table(repeats, found)
         report.write_csv(folder / "heads.csv", heads)
         if not args.no_plots:
             draw(folder, model, found, per_text)
+        written = sorted([*(path.name for path in folder.iterdir()), "results.json"])
         results = {
             **report.provenance(args, model, started),
             "heads": heads,
-            "induction_heads": [head_name(head) for head in found.ranked()],
+            "induction_heads": [name(*head) for head in found.ranked()],
             "metrics": vars(quality) if quality else None,
             "sequences": [entry["results"] for entry in per_text],
-            "files": (written := sorted([*(path.name for path in folder.iterdir()), "results.json"])),
+            "files": written,
         }
         report.write_json(folder / "results.json", results)
-    print_summary(model, found, quality, args.out or Path("outputs") / model.name / PROGRAM, written)
+    print_summary(model, found, quality, out, written)
 
 
 def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
@@ -97,8 +99,6 @@ def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
 
     Raises UserError where a text is longer than the context, or where no text is left.
     """
-    from common import report
-
     kept = []
     for number, text in enumerate(texts, start=1):
         tokens = model.encode(text)
@@ -120,8 +120,7 @@ def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
 
 def score_battery(model: Model, args: argparse.Namespace) -> tuple[HeadScores, HeadScores]:
     """Scores of every head on rows with a repeat and on their controls."""
-    from common import report, scores
-    from common.sequences import battery
+    from common import scores
 
     length = min(ROW_LENGTH, model.context)
     drawn = battery(model.ordinary(), model.bos, rows=ROWS, length=length, seed=args.seed)
@@ -132,52 +131,56 @@ def score_battery(model: Model, args: argparse.Namespace) -> tuple[HeadScores, H
 
 
 def decide(repeats: HeadScores, controls: HeadScores, threshold: float | None) -> Detection:
-    from common.detection import detect
-
+    """Each head against its null: its prefix matching at the same cells of the control rows."""
     null = controls.mean("prefix_matching"), controls.std("prefix_matching")
     return detect(repeats.mean("prefix_matching"), *null, threshold=threshold)
 
 
-def evaluate(found: Detection, model: Model, labels_file: Path | None) -> Metrics | None:
-    """Agreement with the user's labels, or those the model ships; None where there are none."""
+def choose_labels(model: Model, labels_file: Path | None) -> Labels | None:
+    """The user's labels, or those the model ships; None where there are none."""
     from common import metrics
 
     path = labels_file or model.labels_file
-    if path is None:
-        return None
-    return metrics.evaluate(found.induction, found.score, metrics.read_labels(path, model.n_layers, model.n_heads))
+    return metrics.read_labels(path, model.n_layers, model.n_heads) if path else None
+
+
+def evaluate(found: Detection, labels: Labels | None) -> Metrics | None:
+    """Agreement with the labels, if there are any."""
+    from common import metrics
+
+    return metrics.evaluate(found.induction, found.score, labels) if labels else None
 
 
 def analyse_text(model: Model, text: str, tokens: Ints, found: Detection) -> dict[str, Any]:
-    """Patterns of every head on one text, and its entry in results.json."""
+    """One text: its entry in results.json, its induction cells, and the panels to draw, as (title, pattern)."""
     from common import scores
-    from common.sequences import HEAD_TYPES, TokenBatch
 
     batch = TokenBatch.of([tokens], pad=model.bos)
-    patterns = scores.patterns(model, tokens)
-    on_text = scores.from_patterns(patterns, batch)
-    cells = batch.cells["prefix_matching"]
+    on_text = scores.score(model, batch, batch_size=1)
+    score, cells = on_text.mean("prefix_matching"), batch.cells["prefix_matching"]
     heads = [
         {"layer": layer, "head": head, **{kind: on_text.mean(kind)[layer, head] for kind in HEAD_TYPES}}
         for layer in range(model.n_layers)
         for head in range(model.n_heads)
     ]
-    results = {"text": text, "tokens": model.strings(tokens), "queries": len(cells.group_row), "heads": heads}
-    score = on_text.mean("prefix_matching")
-    strongest = sorted(found.ranked(), key=lambda head: -score[head] if len(cells.group_row) else 0)
+    strongest = sorted(found.ranked(), key=lambda head: -score[head] if len(cells.group_row) else 0)[:HEADS_DRAWN]
+    layer = strongest[0][0] if strongest else model.n_layers - 1
+    drawn = scores.patterns(model, tokens, [*strongest, (layer, None)])
+    titles = [panel_title(head, float(score[head])) for head in strongest]
+    titles.append(f"layer {layer}, mean over its {model.n_heads} heads")
     return {
-        "results": results,
-        "patterns": patterns,
+        "results": {"text": text, "tokens": model.strings(tokens), "queries": len(cells.group_row), "heads": heads},
         "cells": list(zip(cells.query.tolist(), cells.key.tolist(), strict=True)),
-        "heads": strongest[:HEADS_DRAWN],
-        "score": score,
+        "panels": list(zip(titles, drawn, strict=True)),
     }
+
+
+def panel_title(head: tuple[int, int], score: float) -> str:
+    return f"head {name(*head)}, " + ("no token repeats here" if math.isnan(score) else f"prefix matching {score:.2f}")
 
 
 def head_table(repeats: HeadScores, found: Detection) -> list[dict[str, Any]]:
     """One row per head: where it is, its scores on the battery, and the decision."""
-    from common.sequences import HEAD_TYPES
-
     others = {kind: repeats.mean(kind) for kind in HEAD_TYPES if kind != "prefix_matching"}
     return [
         {
@@ -203,24 +206,9 @@ def draw(folder: Path, model: Model, found: Detection, per_text: Sequence[dict[s
         plots.threshold_figure(found, f"{model.name}: each head against its own threshold"), folder / "thresholds.png"
     )
     for number, entry in enumerate(per_text, start=1):
-        score, tokens = entry["score"], entry["results"]["tokens"]
-        panels = [(panel_title(head, score), entry["patterns"][head]) for head in entry["heads"]]
-        layer = entry["heads"][0][0] if entry["heads"] else model.n_layers - 1
-        panels.append((f"layer {layer}, mean over its {model.n_heads} heads", entry["patterns"][layer].mean(0)))
         title = f"{model.name} on text {number}: {shortened(entry['results']['text'])}"
-        figure = plots.attention_grid(panels, tokens, entry["cells"], title)
+        figure = plots.attention_grid(entry["panels"], entry["results"]["tokens"], entry["cells"], title)
         plots.save(figure, folder / f"attention_{number:02d}.png")
-
-
-def panel_title(head: tuple[int, int], score: Any) -> str:
-    value = score[head]
-    return f"head {head_name(head)}, " + ("no token repeats here" if value != value else f"prefix matching {value:.2f}")
-
-
-def head_name(head: tuple[int, int]) -> str:
-    from common.detection import name
-
-    return name(*head)
 
 
 def shortened(text: str, most: int = 70) -> str:
@@ -230,10 +218,8 @@ def shortened(text: str, most: int = 70) -> str:
 
 def print_summary(model: Model, found: Detection, quality: Metrics | None, out: Path, written: Sequence[str]) -> None:
     """The induction heads, ranked; the agreement with labels; where the files are."""
-    from common import report
-
     rows = [
-        [head_name(head), f"{found.score[head]:.3f}", f"{found.control[head]:.3f}", f"{found.threshold[head]:.3f}"]
+        [name(*head), f"{found.score[head]:.3f}", f"{found.control[head]:.3f}", f"{found.threshold[head]:.3f}"]
         for head in found.ranked()
     ]
     report.print_table(f"Induction heads of {model.name}", ["head", "prefix matching", "control", "threshold"], rows)

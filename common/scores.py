@@ -9,7 +9,7 @@ Sums are kept in float64 with their counts and divided once, so the batch size d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,25 +67,21 @@ def score(
     )
 
 
-def from_patterns(patterns: Floats, batch: TokenBatch) -> HeadScores:
-    """As `score`, from patterns of one row that were kept anyway, [layers, heads, query, key]."""
-    layers = [torch.from_numpy(pattern)[None] for pattern in patterns]
-    paid = {
-        name: np.stack([_attention_per_query(layer, cells) for layer in layers]) for name, cells in batch.cells.items()
-    }
-    return HeadScores(
-        sums={name: values.sum(1)[None] for name, values in paid.items()},
-        squares={name: (values**2).sum(1)[None] for name, values in paid.items()},
-        counts={name: np.array([len(cells.group_row)]) for name, cells in batch.cells.items()},
-        chance={name: cells.chance() for name, cells in batch.cells.items()},
-    )
+def patterns(model: Model, tokens: NDArray[np.int64], wanted: Sequence[tuple[int, int | None]]) -> list[Floats]:
+    """The attention patterns on one row of ids that `wanted` names, each [query, key].
 
+    A wanted (layer, head) is that head's pattern, (layer, None) the mean over the heads of the layer.
+    """
+    kept: dict[tuple[int, int | None], Floats] = {}
 
-def patterns(model: Model, tokens: NDArray[np.int64]) -> Floats:
-    """The attention pattern of every head on one row of ids, [layers, heads, query, key]; for short texts."""
-    kept: list[Floats] = []
-    read_patterns(model, tokens[None], lambda layer, pattern: kept.append(pattern[0].double().cpu().numpy()))
-    return np.stack(kept)
+    def keep(layer: int, pattern: torch.Tensor) -> None:
+        for at, head in wanted:
+            if at == layer:
+                chosen = pattern[0].mean(0) if head is None else pattern[0, head]
+                kept[at, head] = chosen.double().cpu().numpy()
+
+    read_patterns(model, tokens[None], keep)
+    return [kept[which] for which in wanted]
 
 
 def _score_at_once(model: Model, batch: TokenBatch) -> tuple[dict[str, Floats], dict[str, Floats]]:

@@ -56,23 +56,23 @@ def test_batch_size_row_order_and_padding_change_nothing(random_gpt2, batch):
 
 
 @pytest.mark.parametrize("row", [ROWS[0], [3, 4, 3]], ids=["longer", "as many tokens as heads"])
-def test_scores_from_kept_patterns_are_the_same(random_gpt2, row):
+def test_patterns_are_those_of_the_heads_asked_for(random_gpt2, random_gpt2_folder, row):
     tokens = np.array([random_gpt2.bos, *row])
-    batch = TokenBatch.of([tokens], pad=random_gpt2.bos)
-    streamed = scores.score(random_gpt2, batch, batch_size=1)
-    kept = scores.from_patterns(scores.patterns(random_gpt2, tokens), batch)
-    for head_type in HEAD_TYPES:
-        assert kept.mean(head_type) == pytest.approx(streamed.mean(head_type), abs=1e-6)
-        assert kept.std(head_type) == pytest.approx(streamed.std(head_type), abs=1e-6)
+    model = GPT2LMHeadModel.from_pretrained(random_gpt2_folder, attn_implementation="eager")
+    with torch.no_grad():
+        attentions = model(torch.tensor(tokens[None]), output_attentions=True).attentions
+    head, mean = scores.patterns(random_gpt2, tokens, [(2, 1), (1, None)])
+    assert head == pytest.approx(attentions[2][0, 1].numpy(), abs=1e-6)
+    assert mean == pytest.approx(attentions[1][0].mean(0).numpy(), abs=1e-6)
 
 
 def test_standard_deviation_is_over_queries(random_gpt2):
     tokens = np.array([random_gpt2.bos, *ROWS[2]])
-    pattern = scores.patterns(random_gpt2, tokens)
+    pattern = scores.patterns(random_gpt2, tokens, [(1, 2)])[0]
     batch = TokenBatch.of([tokens], pad=random_gpt2.bos)
-    diagonal = np.stack([pattern[:, :, query, query - 1] for query in range(2, len(tokens))])
+    diagonal = [pattern[query, query - 1] for query in range(2, len(tokens))]
     measured = scores.score(random_gpt2, batch, batch_size=1)
-    assert measured.std("previous_token") == pytest.approx(diagonal.std(0), abs=1e-6)
+    assert measured.std("previous_token")[1, 2] == pytest.approx(np.std(diagonal), abs=1e-6)
 
 
 def test_a_row_without_repeats_has_no_prefix_matching_score(random_gpt2):
