@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from common import cli, report
 from common.detection import Detection, detect, name
 from common.errors import UserError
-from common.sequences import HEAD_TYPES, Ints, TokenBatch, battery
+from common.sequences import HEAD_TYPES, Ints, TokenBatch
 
 if TYPE_CHECKING:  # what loads torch, scikit-learn or matplotlib is imported where it is used: --help stays quick
     from common.metrics import Labels, Metrics
@@ -39,8 +39,6 @@ sequences = [
 ]
 
 PROGRAM = "induction_head_detection"
-ROWS = 32  # battery rows with a repeat, and as many controls
-ROW_LENGTH = 128  # tokens of a battery row, BOS included; less where the context is shorter
 HEADS_DRAWN = 4  # heads drawn per text
 
 
@@ -65,7 +63,7 @@ def find_induction_heads(args: argparse.Namespace) -> None:
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
     report.say(f"loading --model {args.model} …")
-    from common import models
+    from common import models, scores
 
     model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
@@ -73,7 +71,9 @@ def find_induction_heads(args: argparse.Namespace) -> None:
     labels = choose_labels(model, args.labels)
     out = args.out or Path("outputs") / model.name / PROGRAM
     with report.output_folder(out) as folder:
-        repeats, controls = score_battery(model, args)
+        with report.progress("scoring heads", 2 * scores.ROWS) as advance:
+            options = {"seed": args.seed, "batch_size": args.batch_size}
+            repeats, controls = scores.score_battery(model, **options, advance=advance)
         found = decide(repeats, controls, args.threshold)
         quality = evaluate(found, labels)
         per_text = [analyse_text(model, text, tokens, found) for text, tokens in encoded]
@@ -116,18 +116,6 @@ def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
     if not kept:
         raise UserError("no text to analyse: give at least one text of two tokens or more")
     return kept
-
-
-def score_battery(model: Model, args: argparse.Namespace) -> tuple[HeadScores, HeadScores]:
-    """Scores of every head on rows with a repeat and on their controls."""
-    from common import scores
-
-    length = min(ROW_LENGTH, model.context)
-    drawn = battery(model.ordinary(), model.bos, rows=ROWS, length=length, seed=args.seed)
-    with report.progress("scoring heads", 2 * ROWS) as advance:
-        repeats = scores.score(model, drawn.repeats, batch_size=args.batch_size, advance=advance)
-        controls = scores.score(model, drawn.controls, batch_size=args.batch_size, advance=advance)
-    return repeats, controls
 
 
 def decide(repeats: HeadScores, controls: HeadScores, threshold: float | None) -> Detection:

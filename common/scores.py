@@ -17,7 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from common.models import Model, read_patterns
-from common.sequences import Cells, Floats, TokenBatch
+from common.sequences import Cells, Floats, TokenBatch, battery
+
+ROWS = 32  # battery rows with a repeat, and as many controls
+ROW_LENGTH = 128  # tokens of a battery row, BOS included; less where the context is shorter
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,25 @@ def score(
         counts={name: np.bincount(cell.group_row, minlength=len(batch.tokens)) for name, cell in batch.cells.items()},
         chance={name: cell.chance() for name, cell in batch.cells.items()},
     )
+
+
+def score_battery(
+    model: Model,
+    *,
+    seed: int,
+    batch_size: int,
+    rows: int = ROWS,
+    length: int = ROW_LENGTH,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> tuple[HeadScores, HeadScores]:
+    """Scores of every head on rows with a repeat and on their controls, which are read at the same cells.
+
+    `rows` of each, `length` tokens or as many as the model reads; `advance` is told of each finished group of rows.
+    """
+    drawn = battery(model.ordinary(), model.bos, rows=rows, length=min(length, model.context), seed=seed)
+    repeats = score(model, drawn.repeats, batch_size=batch_size, advance=advance)
+    controls = score(model, drawn.controls, batch_size=batch_size, advance=advance)
+    return repeats, controls
 
 
 def patterns(model: Model, tokens: NDArray[np.int64], wanted: Sequence[tuple[int, int | None]]) -> list[Floats]:
