@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def load(name: str, *, device: str = "cpu", dtype: str = "float32", trust_remote
     _check_folder(folder, shown)
     _check_device(device)
     hf_model, tokenizer = _read(folder, shown, getattr(torch, dtype), trust_remote_code)
-    bridge = _wrap(shown, hf_model.to(device).eval(), tokenizer)
+    bridge = _wrap(shown, hf_model.to(device).eval().requires_grad_(False), tokenizer)
     model = Model(
         bridge=bridge,
         tokenizer=tokenizer,
@@ -106,28 +107,38 @@ class _Seen(Exception):
     """Raised in the last hook that is needed, to leave the forward pass there."""
 
 
-def read_patterns(model: Model, tokens: NDArray[np.int64], read: Callable[[int, torch.Tensor], None]) -> None:
-    """Run [batch, pos] token ids and hand each layer's pattern, [batch, head, query, key], to `read(layer, pattern)`.
+def read(
+    model: Model, tokens: NDArray[np.int64], readers: dict[str, Callable[[torch.Tensor], None]], last: str
+) -> None:
+    """Run [batch, pos] token ids and hand what each named hook point shows to its reader.
 
-    Leaves the forward pass after the last layer's pattern. Layers that never show one are not handed on.
+    Leaves the forward pass after the hook point `last`. What never shows is not handed on.
     """
-    last = model.n_layers - 1
 
-    def hook(layer: int) -> Callable[[torch.Tensor, Any], None]:
-        def reader(pattern: torch.Tensor, hook: Any) -> None:
-            read(layer, pattern)
-            if layer == last:
+    def hook(name: str) -> Callable[[torch.Tensor, Any], None]:
+        def reader(shown: torch.Tensor, hook: Any) -> None:
+            readers[name](shown)
+            if name == last:
                 raise _Seen
 
         return reader
 
-    hooks = [(f"blocks.{layer}.attn.hook_pattern", hook(layer)) for layer in range(model.n_layers)]
     inputs = torch.from_numpy(tokens).to(model.bridge.cfg.device)
     try:
-        with torch.inference_mode(), model.bridge.hooks(fwd_hooks=hooks):
+        with torch.inference_mode(), model.bridge.hooks(fwd_hooks=[(name, hook(name)) for name in readers]):
             model.bridge.original_model(inputs, use_cache=False)
     except _Seen:
         pass
+
+
+def read_patterns(model: Model, tokens: NDArray[np.int64], read_one: Callable[[int, torch.Tensor], None]) -> None:
+    """Run [batch, pos] token ids; hand each layer's pattern, [batch, head, query, key], to `read_one(layer, pattern)`.
+
+    Leaves the forward pass after the last layer's pattern. Layers that never show one are not handed on.
+    """
+    names = {layer: f"blocks.{layer}.attn.hook_pattern" for layer in range(model.n_layers)}
+    readers = {name: partial(read_one, layer) for layer, name in names.items()}
+    read(model, tokens, readers, last=names[model.n_layers - 1])
 
 
 # --- finding the folder ---

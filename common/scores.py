@@ -17,37 +17,41 @@ import torch
 from numpy.typing import NDArray
 
 from common.models import Model, read_patterns
-from common.sequences import Cells, Floats, TokenBatch, battery
-
-ROWS = 32  # battery rows with a repeat, and as many controls
-ROW_LENGTH = 128  # tokens of a battery row, BOS included; less where the context is shorter
+from common.sequences import BUDGET, Battery, Cells, Floats, TokenBatch
+from common.statistics import RowSums
 
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Per head type: `sums` and `squares` [rows, layers, heads] of the attention that a query pays to its cells,
-    `counts` [rows] of queries, and the score `chance` of a head that attends uniformly."""
+    """Per head type, and per part of the attention budget, the attention that a query pays to its cells: `sums` holds
+    its sums per row, [rows, layers, heads], and `chance` the score of a head that attends uniformly."""
 
-    sums: dict[str, Floats]
-    squares: dict[str, Floats]
-    counts: dict[str, NDArray[np.int64]]
+    sums: dict[str, RowSums]
     chance: dict[str, float]
 
     def mean(self, head_type: str) -> Floats:
         """[layers, heads], each in [0, 1]; NaN where no query has a cell."""
-        with np.errstate(invalid="ignore"):
-            return self.sums[head_type].sum(0) / np.float64(self.counts[head_type].sum())
+        return self.sums[head_type].mean()
 
     def std(self, head_type: str) -> Floats:
         """Standard deviation over queries, [layers, heads]; NaN where no query has a cell."""
-        with np.errstate(invalid="ignore"):
-            mean_square = self.squares[head_type].sum(0) / np.float64(self.counts[head_type].sum())
-        return np.sqrt(np.maximum(mean_square - self.mean(head_type) ** 2, 0.0))
+        return self.sums[head_type].std()
 
     def row_means(self, head_type: str) -> Floats:
         """[rows, layers, heads]; NaN for a row in which no query has a cell."""
-        with np.errstate(invalid="ignore"):
-            return self.sums[head_type] / self.counts[head_type][:, None, None].astype(np.float64)
+        return self.sums[head_type].row_means()
+
+    def budget(self) -> dict[str, Floats]:
+        """What a query with a target pays to each part of `BUDGET`, [layers, heads] each; the parts sum to 1."""
+        queries = self.sums["prefix_matching"].counts.sum()
+        parts: dict[str, Floats] = {"targets": self.mean("prefix_matching")}
+        for part in BUDGET[1:-1]:
+            parts[part] = self.sums[f"budget_{part}"].sums.sum(0) / queries
+        return {**parts, "other": 1.0 - np.sum(list(parts.values()), axis=0)}
+
+    def __add__(self, other: HeadScores) -> HeadScores:
+        """The scores of both lots of rows; `chance` is that of the first."""
+        return HeadScores({kind: sums + other.sums[kind] for kind, sums in self.sums.items()}, self.chance)
 
 
 def score(
@@ -62,31 +66,36 @@ def score(
         part = batch.rows(start, start + batch_size)
         parts.append(_score_at_once(model, part))
         advance(len(part.tokens))
-    return HeadScores(
-        sums={name: np.concatenate([sums[name] for sums, _ in parts]) for name in batch.cells},
-        squares={name: np.concatenate([squares[name] for _, squares in parts]) for name in batch.cells},
-        counts={name: np.bincount(cell.group_row, minlength=len(batch.tokens)) for name, cell in batch.cells.items()},
-        chance={name: cell.chance() for name, cell in batch.cells.items()},
-    )
+    summed = {}
+    for kind, cells in batch.cells.items():
+        counts = np.bincount(cells.group_row, minlength=len(batch.tokens))
+        sums, squares = (np.concatenate([part[which][kind] for part in parts]) for which in (0, 1))
+        summed[kind] = RowSums(sums, squares, counts)
+    return HeadScores(summed, {kind: cells.chance() for kind, cells in batch.cells.items()})
 
 
 def score_battery(
-    model: Model,
-    *,
-    seed: int,
-    batch_size: int,
-    rows: int = ROWS,
-    length: int = ROW_LENGTH,
-    advance: Callable[[int], None] = lambda rows: None,
+    model: Model, drawn: Battery, *, batch_size: int, advance: Callable[[int], None] = lambda rows: None
 ) -> tuple[HeadScores, HeadScores]:
-    """Scores of every head on rows with a repeat and on their controls, which are read at the same cells.
-
-    `rows` of each, `length` tokens or as many as the model reads; `advance` is told of each finished group of rows.
-    """
-    drawn = battery(model.ordinary(), model.bos, rows=rows, length=min(length, model.context), seed=seed)
+    """Scores of every head on rows with a repeat and on their controls, which are read at the same cells."""
     repeats = score(model, drawn.repeats, batch_size=batch_size, advance=advance)
-    controls = score(model, drawn.controls, batch_size=batch_size, advance=advance)
-    return repeats, controls
+    return repeats, score(model, drawn.controls, batch_size=batch_size, advance=advance)
+
+
+def per_query(model: Model, batch: TokenBatch, *, batch_size: int) -> Floats:
+    """What each query with a target pays to its targets, [queries, layers, heads]; by row, then by query."""
+    parts = []
+    for start in range(0, len(batch.tokens), batch_size):
+        part = batch.rows(start, start + batch_size)
+        cells = part.cells["prefix_matching"]
+        paid = np.zeros((len(cells.group_row), model.n_layers, model.n_heads))
+
+        def keep(layer: int, pattern: torch.Tensor, cells: Cells = cells, paid: Floats = paid) -> None:
+            paid[:, layer] = _attention_per_query(pattern, cells)
+
+        read_patterns(model, part.tokens, keep)
+        parts.append(paid)
+    return np.concatenate(parts)
 
 
 def patterns(model: Model, tokens: NDArray[np.int64], wanted: Sequence[tuple[int, int | None]]) -> list[Floats]:
