@@ -13,7 +13,6 @@ below, or --text, or --sequences-file.) Writes PNGs, results.json and heads.csv 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -21,14 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import cli, report
-from common.detection import Detection, detect, name
-from common.errors import UserError
-from common.sequences import HEAD_TYPES, Ints, TokenBatch
 
 if TYPE_CHECKING:  # what loads torch, scikit-learn or matplotlib is imported where it is used: --help stays quick
-    from common.metrics import Labels, Metrics
+    from common.labels import Labels
+    from common.metrics import Metrics
     from common.models import Model
-    from common.scores import HeadScores
+    from common.sequences import Floats, Ints
+    from common.survey import Survey
+    from common.texts import TextScores
 
 # Edit me: the texts to look at.
 sequences = [
@@ -46,179 +45,126 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; the exit code: 0, 2 for what a user can mend, 130 for Ctrl-C."""
     parser = cli.shared_parser(__doc__ or "")
     parser.add_argument(
-        "--threshold",
-        type=cli.threshold,
-        default="dynamic",
-        metavar="dynamic|NUMBER",
-        help="each head its own threshold from its control cells, or one number for all, 0 to 1 (default dynamic)",
-    )
-    parser.add_argument(
-        "--labels", type=Path, metavar="FILE", help="JSON labels to evaluate against (default: the model's labels.json)"
+        "--labels",
+        metavar="FILE|published|causal|none",
+        help="what to evaluate against: a JSON file, the published table, labels measured now by intervention, or none "
+        "(default: the model's own labels.json, else the published table where it knows the model)",
     )
     return cli.run(find_induction_heads, parser.parse_args(argv), PROGRAM)
 
 
 def find_induction_heads(args: argparse.Namespace) -> None:
-    """Load, score, decide, evaluate, look at the texts, report."""
+    """Load, score and decide, evaluate, look at the texts, report."""
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
     report.say(f"loading --model {args.model} …")
-    from common import models, scores
+    from common import attribution, models, tables
+    from common.detection import name
+    from common.survey import survey
+    from common.texts import score_text
 
     model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
-    encoded = encode(model, texts)
-    labels = choose_labels(model, args.labels)
+    encoded = cli.encode(model, texts)
+    labels = choose_labels(model, args)
     out = args.out or Path("outputs") / model.name / PROGRAM
+    options = {"seed": args.seed, "batch_size": args.batch_size, "threshold": args.threshold}
     with report.output_folder(out) as folder:
-        with report.progress("scoring heads", 2 * scores.ROWS) as advance:
-            options = {"seed": args.seed, "batch_size": args.batch_size}
-            repeats, controls = scores.score_battery(model, **options, advance=advance)
-        found = decide(repeats, controls, args.threshold)
-        quality = evaluate(found, labels)
-        per_text = [analyse_text(model, text, tokens, found) for text, tokens in encoded]
-        heads = head_table(repeats, found)
+        measured = survey(model, **options, progress=report.progress)
+        quality = evaluate(measured, labels)
+        heads = tables.head_rows(measured, attribution.ov_copying(model))
+        on_texts = [(text, tokens, score_text(model, tokens, **options)) for text, tokens in encoded]
         report.write_csv(folder / "heads.csv", heads)
         if not args.no_plots:
-            draw(folder, model, found, per_text)
-        written = sorted([*(path.name for path in folder.iterdir()), "results.json"])
+            draw(folder, model, measured, labels, on_texts)
         results = {
             **report.provenance(args, model, started),
+            "rows": measured.rows,
+            "row_length": measured.length,
             "heads": heads,
-            "induction_heads": [name(*head) for head in found.ranked()],
+            "induction_heads": [name(*head) for head in measured.found.ranked()],
             "metrics": vars(quality) if quality else None,
-            "sequences": [entry["results"] for entry in per_text],
-            "files": written,
+            "sequences": [
+                tables.text_entry(measured.found, text, model.strings(tokens), on_text)
+                for text, tokens, on_text in on_texts
+            ],
+            "files": sorted([*(path.name for path in folder.iterdir()), "results.json"]),
         }
         report.write_json(folder / "results.json", results)
-    print_summary(model, found, quality, out, written)
+    print_summary(results, measured, quality, out)
 
 
-def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
-    """Each text with its ids. Texts of fewer than two tokens are left out with a warning.
+def choose_labels(model: Model, args: argparse.Namespace) -> Labels | None:
+    """What to evaluate against, if anything; read before the long work, so that a wrong file is said at once."""
+    from common import causal, labels
 
-    Raises UserError where a text is longer than the context, or where no text is left.
-    """
-    kept = []
-    for number, text in enumerate(texts, start=1):
-        tokens = model.encode(text)
-        if len(tokens) > model.context:
-            raise UserError(
-                f"text {number} has {len(tokens)} tokens with BOS and {model.name} reads at most {model.context}: "
-                "shorten it or split it"
-            )
-        if len(tokens) < 3:
-            report.say(
-                f"warning: text {number} ({text!r}) has {len(tokens) - 1} tokens, at least 2 are needed: left out"
-            )
-            continue
-        kept.append((text, tokens))
-    if not kept:
-        raise UserError("no text to analyse: give at least one text of two tokens or more")
-    return kept
+    return labels.choose(args.labels, model, lambda: causal.measure(model, args.batch_size, report.progress).labels())
 
 
-def decide(repeats: HeadScores, controls: HeadScores, threshold: float | None) -> Detection:
-    """Each head against its null: its prefix matching at the same cells of the control rows."""
-    null = controls.mean("prefix_matching"), controls.std("prefix_matching")
-    return detect(repeats.mean("prefix_matching"), *null, threshold=threshold)
-
-
-def choose_labels(model: Model, labels_file: Path | None) -> Labels | None:
-    """The user's labels, or those the model ships; None where there are none."""
+def evaluate(measured: Survey, labels: Labels | None) -> Metrics | None:
+    """Agreement of the verdicts with the labels, if there are any."""
     from common import metrics
 
-    path = labels_file or model.labels_file
-    return metrics.read_labels(path, model.n_layers, model.n_heads) if path else None
+    found = measured.found
+    return metrics.evaluate(found.induction, found.score, found.resampled, labels) if labels else None
 
 
-def evaluate(found: Detection, labels: Labels | None) -> Metrics | None:
-    """Agreement with the labels, if there are any."""
-    from common import metrics
-
-    return metrics.evaluate(found.induction, found.score, labels) if labels else None
-
-
-def analyse_text(model: Model, text: str, tokens: Ints, found: Detection) -> dict[str, Any]:
-    """One text: its entry in results.json, its induction cells, and the panels to draw, as (title, pattern)."""
-    from common import scores
-
-    batch = TokenBatch.of([tokens], pad=model.bos)
-    on_text = scores.score(model, batch, batch_size=1)
-    score, cells = on_text.mean("prefix_matching"), batch.cells["prefix_matching"]
-    heads = [
-        {"layer": layer, "head": head, **{kind: on_text.mean(kind)[layer, head] for kind in HEAD_TYPES}}
-        for layer in range(model.n_layers)
-        for head in range(model.n_heads)
-    ]
-    strongest = sorted(found.ranked(), key=lambda head: -score[head] if len(cells.group_row) else 0)[:HEADS_DRAWN]
-    layer = strongest[0][0] if strongest else model.n_layers - 1
-    drawn = scores.patterns(model, tokens, [*strongest, (layer, None)])
-    titles = [panel_title(head, float(score[head])) for head in strongest]
-    titles.append(f"layer {layer}, mean over its {model.n_heads} heads")
-    return {
-        "results": {"text": text, "tokens": model.strings(tokens), "queries": len(cells.group_row), "heads": heads},
-        "cells": list(zip(cells.query.tolist(), cells.key.tolist(), strict=True)),
-        "panels": list(zip(titles, drawn, strict=True)),
-    }
-
-
-def panel_title(head: tuple[int, int], score: float) -> str:
-    return f"head {name(*head)}, " + ("no token repeats here" if math.isnan(score) else f"prefix matching {score:.2f}")
-
-
-def head_table(repeats: HeadScores, found: Detection) -> list[dict[str, Any]]:
-    """One row per head: where it is, its scores on the battery, and the decision."""
-    others = {kind: repeats.mean(kind) for kind in HEAD_TYPES if kind != "prefix_matching"}
-    return [
-        {
-            "layer": layer,
-            "head": head,
-            "prefix_matching": found.score[layer, head],
-            "control": found.control[layer, head],
-            "threshold": found.threshold[layer, head],
-            "induction": found.induction[layer, head],
-            **{kind: values[layer, head] for kind, values in others.items()},
-        }
-        for layer in range(found.score.shape[0])
-        for head in range(found.score.shape[1])
-    ]
-
-
-def draw(folder: Path, model: Model, found: Detection, per_text: Sequence[dict[str, Any]]) -> None:
-    """The mosaic, every head against its threshold, and the strongest heads on each text."""
+def draw(folder: Path, model: Model, measured: Survey, labels: Labels | None, on_texts: Sequence[Any]) -> None:
+    """The mosaic, every head against its threshold, the attention budgets, and the strongest heads on each text."""
     from common import plots
 
+    found = measured.found
     plots.save(plots.mosaic_figure(found, f"Induction heads of {model.name}"), folder / "mosaic.png")
     plots.save(
         plots.threshold_figure(found, f"{model.name}: each head against its own threshold"), folder / "thresholds.png"
     )
-    for number, entry in enumerate(per_text, start=1):
-        title = f"{model.name} on text {number}: {shortened(entry['results']['text'])}"
-        figure = plots.attention_grid(entry["panels"], entry["results"]["tokens"], entry["cells"], title)
+    budget = measured.evidence.repeats.budget()
+    plots.save(plots.budget_figure(found, budget, f"{model.name}: where attention goes"), folder / "budget.png")
+    if labels and labels.heads:
+        figure = plots.precision_recall_figure(found, labels, f"{model.name}: detection against labels")
+        plots.save(figure, folder / "precision_recall.png")
+    for number, (text, tokens, on_text) in enumerate(on_texts, start=1):
+        title = f"{model.name} on text {number}: {cli.shortened(text)}"
+        panels = text_panels(model, measured, tokens, on_text)
+        figure = plots.attention_grid(panels, model.strings(tokens), on_text.cells, title)
         plots.save(figure, folder / f"attention_{number:02d}.png")
 
 
-def shortened(text: str, most: int = 70) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "…"
+def text_panels(model: Model, measured: Survey, tokens: Ints, on_text: TextScores) -> list[tuple[str, Floats]]:
+    """What to draw of a text, as (title, pattern): its strongest induction heads, and the mean over a layer's heads."""
+    from common import scores, tables
+    from common.detection import name
+
+    strongest = tables.ranked_on(measured.found, on_text)[:HEADS_DRAWN]
+    layer = strongest[0][0] if strongest else model.n_layers - 1
+    titles = []
+    for head in strongest:
+        said = "no token repeats here"
+        if on_text.attention:
+            score, threshold = on_text.attention.score[head], on_text.attention.threshold[head]
+            said = f"prefix matching {score:.2f} (threshold {threshold:.2f})"
+        titles.append(f"head {name(*head)}, {said}")
+    titles.append(f"layer {layer}, mean over its {model.n_heads} heads")
+    return list(zip(titles, scores.patterns(model, tokens, [*strongest, (layer, None)]), strict=True))
 
 
-def print_summary(model: Model, found: Detection, quality: Metrics | None, out: Path, written: Sequence[str]) -> None:
-    """The induction heads, ranked; the agreement with labels; where the files are."""
-    rows = [
-        [name(*head), f"{found.score[head]:.3f}", f"{found.control[head]:.3f}", f"{found.threshold[head]:.3f}"]
-        for head in found.ranked()
-    ]
-    report.print_table(f"Induction heads of {model.name}", ["head", "prefix matching", "control", "threshold"], rows)
-    if not rows:
+def print_summary(results: dict[str, Any], measured: Survey, quality: Metrics | None, out: Path) -> None:
+    """The heads that attend to their targets, what happens on the texts, agreement with labels, where the files are."""
+    from common import tables
+
+    heads = results["heads"]
+    title = f"Heads of {results['model']['name']} that attend to the tokens after earlier copies"
+    report.print_table(title, tables.HEAD_COLUMNS, tables.head_lines(heads))
+    if not results["induction_heads"]:
         print("No head of this model is an induction head by this test.")
+    print(tables.other_heads(heads))
+    if uncertain := tables.unsure(measured):
+        print(uncertain)
+    for number, entry in enumerate(results["sequences"], start=1):
+        print(tables.text_line(number, entry))
     if quality:
-        print(
-            f"Against labels ({quality.labels}): precision {quality.precision:.2f}, recall {quality.recall:.2f}, "
-            f"F1 {quality.f1:.2f}"
-        )
-    print(f"Written to {out}: {', '.join(written)}")
+        print(f"Against labels ({quality.labels}): {quality.sentence()}")
+    print(f"Written to {out}: {', '.join(results['files'])}")
 
 
 if __name__ == "__main__":

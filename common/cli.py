@@ -10,9 +10,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Never
+from typing import TYPE_CHECKING, Never
 
+from common import report
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.models import Model
+    from common.sequences import Ints
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
@@ -45,6 +50,13 @@ def shared_parser(description: str) -> Parser:
     )
     how.add_argument("--seed", type=whole_number, default=0, metavar="N", help="seed of the random rows (default 0)")
     how.add_argument("--batch-size", type=positive, default=8, metavar="ROWS", help="rows per forward pass (default 8)")
+    how.add_argument(
+        "--threshold",
+        type=threshold,
+        default="dynamic",
+        metavar="dynamic|NUMBER",
+        help="each head its own threshold from its control cells, or one number for all, 0 to 1 (default dynamic)",
+    )
     out = parser.add_argument_group("what to write")
     out.add_argument("--out", type=Path, metavar="DIR", help="output folder (default outputs/<model>/<script>)")
     out.add_argument("--no-plots", action="store_true", help="numbers only, no pictures")
@@ -70,6 +82,19 @@ def whole_number(text: str) -> int:
     if not 0 <= number < 2**63:
         raise argparse.ArgumentTypeError(f"'{text}' is not between 0 and 2**63 - 1")
     return number
+
+
+def number_or(*words: str) -> Callable[[str], int | str]:
+    """A parser of whole numbers and of these words; it raises argparse.ArgumentTypeError for anything else."""
+
+    def parse(text: str) -> int | str:
+        if text in words:
+            return text
+        if not text.isdecimal():
+            raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number nor {' nor '.join(words)}")
+        return whole_number(text)
+
+    return parse
 
 
 def threshold(text: str) -> float | None:
@@ -101,6 +126,36 @@ def chosen_texts(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
     except OSError as error:
         raise UserError(f"cannot read {args.sequences_file}: {error.strerror}") from None
     return [line for line in lines if line.strip()]
+
+
+def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
+    """Each text with its ids. Texts of fewer than two tokens are left out with a warning.
+
+    Raises UserError where a text is longer than the context, or where no text is left.
+    """
+    kept = []
+    for number, text in enumerate(texts, start=1):
+        tokens = model.encode(text)
+        if len(tokens) > model.context:
+            raise UserError(
+                f"text {number} has {len(tokens)} tokens with BOS and {model.name} reads at most {model.context}: "
+                "shorten it or split it"
+            )
+        if len(tokens) < 3:
+            report.say(
+                f"warning: text {number} ({text!r}) has {len(tokens) - 1} tokens, at least 2 are needed: left out"
+            )
+            continue
+        kept.append((text, tokens))
+    if not kept:
+        raise UserError("no text to analyse: give at least one text of two tokens or more")
+    return kept
+
+
+def shortened(text: str, most: int = 70) -> str:
+    """A text on one line, at most `most` characters of it, for a title."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, program: str) -> int:

@@ -64,9 +64,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class Detection(Attention):
-    """With each head's `verdict` (one of `VERDICTS`), [layers, heads]; `confidence` is that of the verdict."""
+    """With each head's `verdict` (one of `VERDICTS`), [layers, heads]; `confidence` is that of the verdict.
+
+    `resampled`: which heads are induction heads when rows are drawn again, [resamples, layers, heads].
+    """
 
     verdict: NDArray[np.str_]
+    resampled: NDArray[np.bool_]
 
     @property
     def induction(self) -> NDArray[np.bool_]:
@@ -121,6 +125,7 @@ def detect(
         found.high,
         confidence=(resampled == verdict).mean(0),
         verdict=np.array(VERDICTS)[verdict],
+        resampled=resampled == VERDICTS.index("induction"),
     )
 
 

@@ -7,7 +7,8 @@ rest there and would otherwise leave the other cells pale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from sklearn.metrics import precision_recall_curve
 
 from common.detection import Detection, by_score, name
+from common.labels import Labels
+from common.metrics import agreement
 from common.sequences import Floats
 
 MARK = "#D55E00"
@@ -31,6 +35,15 @@ ATTENTION = "Blues"
 RESTING = "Greys"
 LONGEST = 48  # tokens that stay legible on one axis
 MOST_HEADS = 40  # heads that stay legible in one list
+HABIT = 0.4  # the best-known fixed threshold
+PARTS = {  # of the attention budget, in colours of Okabe and Ito's palette
+    "targets": MARK,
+    "previous": "#0072B2",
+    "self": "#56B4E9",
+    "duplicates": "#009E73",
+    "bos": "0.75",
+    "other": "0.9",
+}
 MOST_VALUES = 400  # heads up to which the mosaic carries numbers
 
 plt.rcParams.update({"font.family": ["DejaVu Sans"], "figure.dpi": 120, "text.parse_math": False})
@@ -119,6 +132,61 @@ def threshold_figure(found: Detection, title: str) -> Figure:
     """Heads against their thresholds, a line each."""
     figure, axes = plt.subplots(figsize=(8.0, 0.24 * min(found.score.size, MOST_HEADS) + 1.6))
     thresholds(axes, found, title)
+    return figure
+
+
+def budget(axes: Axes, found: Detection, paid: Mapping[str, Floats], title: str) -> Axes:
+    """Where each head's attention goes at queries that have a target, highest score on top; the parts sum to 1."""
+    heads = by_score(found.score)[:MOST_HEADS]
+    left = np.zeros(len(heads))
+    for part, colour in PARTS.items():
+        width = np.array([paid[part][head] for head in heads])
+        axes.barh(range(len(heads)), width, left=left, color=colour, edgecolor="white", linewidth=0.4, label=part)
+        left += width
+    verdicts = [
+        name(*head) if found.verdict[head] == "none" else f"{found.verdict[head]}  {name(*head)}" for head in heads
+    ]
+    axes.set_yticks(range(len(heads)), verdicts)
+    axes.invert_yaxis()
+    axes.set(xlabel="share of attention, mean over queries with a target", title=title, xlim=(0, 1))
+    axes.legend(
+        ncols=len(PARTS), loc="upper center", bbox_to_anchor=(0.4, -0.5 / axes.figure.get_figheight()), frameon=False
+    )
+    sns.despine(ax=axes, left=True)
+    return axes
+
+
+def budget_figure(found: Detection, paid: Mapping[str, Floats], title: str) -> Figure:
+    """The attention budgets, a bar each."""
+    figure, axes = plt.subplots(figsize=(9.0, 0.24 * min(found.score.size, MOST_HEADS) + 1.8))
+    budget(axes, found, paid, title)
+    return figure
+
+
+def precision_recall(axes: Axes, found: Detection, labels: Labels, title: str) -> Axes:
+    """Precision against recall of every fixed threshold on the score, and of each head's own."""
+    truth = labels.mask(found.score.shape)
+    precision, recall, _ = precision_recall_curve(truth.ravel(), found.score.ravel())
+    axes.plot(
+        recall, precision, color="0.45", drawstyle="steps-post", label="one fixed threshold for all heads, any value"
+    )
+    at_fixed = found.score >= HABIT
+    for detected, marker, colour, label in (
+        (at_fixed, "s", "0.2", f"fixed threshold {HABIT}, the habit of the field"),
+        (found.induction, "o", MARK, "this run's verdicts"),
+    ):
+        precision_there, recall_there, f1 = agreement(truth, detected)
+        axes.plot(recall_there, precision_there, marker, color=colour, markersize=9, label=f"{label} (F1 {f1:.2f})")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(-0.03, 1.03), ylim=(-0.03, 1.06))
+    axes.set_title(f"{title}\n{textwrap.shorten(labels.source, 90, placeholder=' …')}", fontsize=10)
+    axes.legend(loc="lower left", frameon=False, fontsize=8)
+    return axes
+
+
+def precision_recall_figure(found: Detection, labels: Labels, title: str) -> Figure:
+    """Precision against recall."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.8))
+    precision_recall(axes, found, labels, title)
     return figure
 
 

@@ -121,12 +121,23 @@ def provenance(args: Any, model: Any, started: float) -> dict[str, Any]:
 
 
 def write_csv(path: Path, heads: Sequence[dict[str, Any]]) -> None:
-    """One line per head; the columns are the keys of the first."""
+    """One line per head; the columns are the keys of the first, an interval takes two: `_low` and `_high`."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(heads[0]), lineterminator="\n")
+    flat = [_flat(head) for head in heads]
+    writer = csv.DictWriter(text, fieldnames=list(flat[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: plain(value) for key, value in head.items()} for head in heads)
+    writer.writerows(flat)
     path.write_text(text.getvalue(), encoding="utf-8")
+
+
+def _flat(head: dict[str, Any]) -> dict[str, Any]:
+    row = {}
+    for key, value in head.items():
+        if key.endswith("_interval"):
+            row |= dict(zip((f"{key[:-9]}_low", f"{key[:-9]}_high"), plain(value), strict=True))
+        else:
+            row[key] = plain(value)
+    return row
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -61,10 +61,12 @@ class Survey:
     rows: int
     length: int
 
+    sure: float = SURE
+
     @property
     def settled(self) -> bool:
         """Whether every verdict has a confidence of `SURE` or more."""
-        return bool(self.found.confidence.min() >= SURE)
+        return bool(self.found.confidence.min() >= self.sure)
 
 
 @contextmanager
