@@ -1,0 +1,91 @@
+"""A slow, obvious reference for interventions: transformers alone, attention written out head by head, row by row.
+
+Any causal model that takes an attention function of ours will do (GPT-2, Llama, GPT-NeoX). `Edits` says what to change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from common import models
+
+Change = Callable[[int, int, int, torch.Tensor], torch.Tensor]
+
+
+def same(layer: int, head: int, row: int, value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+@dataclass
+class Edits:
+    """Per part, a function of (layer, head, row, clean value) that gives the value to use. `seen` keeps every value
+    used, by (part, layer, head, row). Queries and keys are those after rotation."""
+
+    q: Change = same
+    k: Change = same
+    v: Change = same
+    pattern: Change = same
+    z: Change = same
+    seen: dict[tuple[str, int, int, int], torch.Tensor] = field(default_factory=dict)
+
+    def use(self, part: str, layer: int, head: int, row: int, value: torch.Tensor) -> torch.Tensor:
+        self.seen[part, layer, head, row] = getattr(self, part)(layer, head, row, value)
+        return self.seen[part, layer, head, row]
+
+
+CURRENT = [Edits()]
+
+
+def slow_attention(module, query, key, value, attention_mask, **kwargs):
+    """[batch, head, pos, d_head] in, [batch, pos, head, d_head] out."""
+    edits, layer = CURRENT[-1], module.layer_idx
+    batch, heads, length, width = query.shape
+    shared = heads // key.shape[1]
+    out = torch.zeros(batch, length, heads, width)
+    for row in range(batch):
+        for head in range(heads):
+            q = edits.use("q", layer, head, row, query[row, head])
+            k = edits.use("k", layer, head, row, key[row, head // shared])
+            v = edits.use("v", layer, head, row, value[row, head // shared])
+            scores = q @ k.T / math.sqrt(width)
+            ahead = torch.ones(length, length).triu(1).bool()
+            pattern = edits.use("pattern", layer, head, row, scores.masked_fill(ahead, -math.inf).softmax(-1))
+            out[row, :, head] = edits.use("z", layer, head, row, pattern @ v)
+    return out, None
+
+
+AttentionInterface.register("slow", slow_attention)
+
+
+class Oracle:
+    """Transformers alone on a model folder."""
+
+    def __init__(self, folder: Path):
+        self.model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="slow").eval()
+
+    def logits(self, tokens: np.ndarray, edits: Edits | None = None) -> torch.Tensor:
+        """[rows, pos, d_vocab] with the edits made."""
+        CURRENT.append(edits or Edits())
+        try:
+            with torch.no_grad():
+                return self.model(torch.from_numpy(tokens), use_cache=False).logits
+        finally:
+            CURRENT.pop()
+
+    def record(self, tokens: np.ndarray) -> dict[tuple[str, int, int, int], torch.Tensor]:
+        """Every clean q, k, v, pattern and z, by (part, layer, head, row)."""
+        edits = Edits()
+        self.logits(tokens, edits)
+        return edits.seen
+
+
+def bridge_logits(model: models.Model, tokens: np.ndarray) -> torch.Tensor:
+    with torch.no_grad():
+        return model.bridge.original_model(torch.from_numpy(tokens), use_cache=False).logits
