@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.interventions import Intervention, applied
+from common.edits import Intervention, applied, run_forward
 from common.models import Model
 from common.sequences import Floats, TokenBatch
 
@@ -42,8 +42,8 @@ def losses(model: Model, batch: TokenBatch, intervention: Intervention | None = 
     for start in range(0, len(batch.tokens), batch_size):
         rows = slice(start, start + batch_size)
         ids = torch.from_numpy(batch.tokens[rows]).to(model.bridge.cfg.device)
-        with torch.inference_mode(), applied(model, intervention, rows):
-            logits = model.bridge.original_model(ids, use_cache=False).logits.float()
+        with applied(model, intervention, rows):
+            logits = run_forward(model, batch.tokens[rows]).float()
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
         found[rows, 1:] = loss.double().cpu().numpy()
     return found

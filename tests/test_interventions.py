@@ -8,7 +8,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from common import interventions, models
-from common.interventions import applied
+from common.edits import applied
 from common.sequences import Battery, Cells, battery
 from tests.oracle import Edits, Oracle, bridge_logits
 
