@@ -79,7 +79,8 @@ class Amount:
             new = old + (new - old) @ basis @ basis.T
         if self.mask is None:
             return torch.lerp(old, new.to(old), self.coefficient)
-        weight = self.coefficient * self.mask[rows].to(old)[..., None]
+        mask = self.mask if len(self.mask) == 1 else self.mask[rows]
+        weight = self.coefficient * mask.to(old)[..., None]
         return torch.lerp(old, new.to(old), weight.expand_as(old))
 
 

@@ -2,7 +2,7 @@
 
 | intervention | what changes | what stays |
 |---|---|---|
-| zero, mean, resample | the head's output before W_O | its pattern, all other heads |
+| zero, mean, resample, output_from | the head's output before W_O | its pattern, all other heads |
 | uniform, pattern_from, forbid | the pattern | the values |
 | input_from "q", "k" | the query or the key, attention recomputed | the other two |
 | input_from "v" | the values | the pattern |
@@ -43,6 +43,17 @@ PARTS = {"q": "query", "k": "key", "v": "values"}
 def zero(heads: Sequence[Head]) -> Intervention:
     """The heads write nothing (but what the layer's output bias adds)."""
     return _edits("zero", heads, "z", lambda layer, head: lambda old, run: torch.zeros_like(old))
+
+
+def output_from(heads: Sequence[Head], source: Recordings) -> Intervention:
+    """The heads put out what they put out in `source`, row by row: activation patching of their output."""
+    source.fetch({(layer, "z") for layer, _ in heads})
+
+    def change(layer: int, head: int) -> Change:
+        output = source.get(layer, "z")[:, :, head]
+        return lambda old, run: output[run.rows].to(old)
+
+    return _edits("output", heads, "z", change)
 
 
 def mean(heads: Sequence[Head], reference: Recordings, reference_classes: Ints, classes: Ints) -> Intervention:

@@ -79,6 +79,34 @@ class Oracle:
         finally:
             CURRENT.pop()
 
+    @property
+    def layers(self):
+        backbone = self.model.base_model
+        return backbone.h if hasattr(backbone, "h") else backbone.layers
+
+    def output_weights(self, layer: int, head: int, width: int) -> torch.Tensor:
+        """Rows of W_O that a head's output meets, [d_head, d_model]."""
+        block = self.layers[layer]
+        if hasattr(block, "attn"):  # GPT-2 keeps [in, out]
+            rows = block.attn.c_proj.weight
+        else:
+            rows = (block.self_attn.o_proj if hasattr(block, "self_attn") else block.attention.dense).weight.T
+        return rows[head * width : (head + 1) * width].detach()
+
+    def record_shifted(self, tokens: np.ndarray, layer: int, change: torch.Tensor):
+        """As `record`, with `change` [rows, pos, d_model] added to the residual stream that `layer` reads."""
+
+        def shift(module, args, kwargs):
+            if args:
+                return (args[0] + change, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": kwargs["hidden_states"] + change}
+
+        handle = self.layers[layer].register_forward_pre_hook(shift, with_kwargs=True)
+        try:
+            return self.record(tokens)
+        finally:
+            handle.remove()
+
     def record(self, tokens: np.ndarray) -> dict[tuple[str, int, int, int], torch.Tensor]:
         """Every clean q, k, v, pattern and z, by (part, layer, head, row)."""
         edits = Edits()
