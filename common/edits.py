@@ -31,6 +31,7 @@ Hook = tuple[str, Callable[..., Any]]
 
 POINTS = {  # what is edited or read, as the bridge names it inside a block
     "resid_pre": "hook_in",
+    "resid_post": "hook_out",
     "z": "attn.hook_z",
     "pattern": "attn.hook_pattern",
     "q": "attn.hook_q",
@@ -174,6 +175,10 @@ class Intervention:
         """The lowest layer it touches: what lies below is as in the clean run."""
         return min(edit.layer for edit in self.edits)
 
+    def at_outputs(self, layer: int) -> bool:
+        """Whether it changes heads' outputs in that layer and nothing before them."""
+        return all(type(edit) is Edit and edit.point == "z" for edit in self.edits if edit.layer == layer)
+
     def of(self, head: Head) -> Intervention:
         """The edits of one head alone."""
         return replace(self, heads=(head,), edits=tuple(e for e in self.edits if (e.layer, e.head) == head))
@@ -265,7 +270,7 @@ def _reader(point: str, run: Run) -> Callable[..., None]:
 # --- recordings ---
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Raised when everything wanted was seen, to leave the forward pass there."""
 
 
@@ -285,19 +290,25 @@ def record(
     def keep(layer: int, point: str) -> Callable[..., None]:
         return lambda activation, hook: found.__setitem__((layer, point), activation.detach().clone())
 
-    def leave(activation: torch.Tensor, hook: Any) -> None:
-        raise _Enough
-
     last = max(layer for layer, _ in wanted)
-    after = "ln_final.hook_in" if last == model.n_layers - 1 else hook_name(last + 1, "resid_pre")
-    hooks: list[Hook] = [(hook_name(*place), keep(*place)) for place in wanted]
-    with applied(model, under, rows), model.bridge.hooks(fwd_hooks=[*hooks, (after, leave)]), suppress(_Enough):
-        run_forward(model, tokens)
+    door = "ln_final.hook_in" if last == model.n_layers - 1 else hook_name(last + 1, "resid_pre")
+    with applied(model, under, rows), model.bridge.hooks(fwd_hooks=[(hook_name(*at), keep(*at)) for at in wanted]):
+        run_until(model, tokens, door)
     missing = wanted - set(found)
     if missing:
         layer, point = min(missing)
         raise UserError(f"'{model.name}' shows no {POINTS[point]} in layer {layer}: it cannot be intervened on there")
     return found
+
+
+def run_until(model: Model, tokens: Ints, door: str) -> None:
+    """Run [rows, pos] ids under whatever hooks are in place, and leave at the hook point `door`."""
+
+    def leave(activation: torch.Tensor, hook: Any) -> None:
+        raise Enough
+
+    with model.bridge.hooks(fwd_hooks=[(door, leave)]), suppress(Enough):
+        run_forward(model, tokens)
 
 
 def run_forward(model: Model, tokens: Ints) -> torch.Tensor:

@@ -14,7 +14,11 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from common import models
+from common import interventions, models
+from common.edits import Recordings
+from common.sequences import TokenBatch
+
+ARCHITECTURES = ("gpt2", "llama", "neox")
 
 Change = Callable[[int, int, int, torch.Tensor], torch.Tensor]
 
@@ -79,6 +83,26 @@ class Oracle:
         finally:
             CURRENT.pop()
 
+    def final_stream(self, tokens: np.ndarray) -> torch.Tensor:
+        """What the final norm reads, [rows, pos, d_model]."""
+        seen = []
+        handle = self.final_norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            self.logits(tokens)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    @property
+    def final_norm(self):
+        backbone = self.model.base_model
+        return next(getattr(backbone, at) for at in ("ln_f", "norm", "final_layer_norm") if hasattr(backbone, at))
+
+    def read_out(self, stream: torch.Tensor) -> torch.Tensor:
+        """Logits of a final residual stream."""
+        with torch.no_grad():
+            return self.model.get_output_embeddings()(self.final_norm(stream))
+
     @property
     def layers(self):
         backbone = self.model.base_model
@@ -117,3 +141,30 @@ class Oracle:
 def bridge_logits(model: models.Model, tokens: np.ndarray) -> torch.Tensor:
     with torch.no_grad():
         return model.bridge.original_model(torch.from_numpy(tokens), use_cache=False).logits
+
+
+def assert_no_hooks(model) -> None:
+    assert not any(point.fwd_hooks for point in model.bridge.hook_dict.values())
+
+
+def recorded(model, batch: TokenBatch) -> Recordings:
+    return Recordings(model, batch.tokens, batch_size=2)
+
+
+def every_kind(model, drawn, paths: bool = True):
+    """One intervention of each kind on a late head."""
+    clean, control = recorded(model, drawn.repeats), recorded(model, drawn.controls)
+    classes = interventions.position_classes(drawn.repeats)
+    head = [(1, 2)]
+    yield interventions.zero(head)
+    yield interventions.mean(head, control, classes, classes)
+    yield interventions.resample(head, control, seed=0)
+    yield interventions.uniform(head)
+    yield interventions.pattern_from(head, control)
+    yield interventions.forbid(head, drawn.repeats.cells["prefix_matching"])
+    for part in "qkv":
+        yield interventions.input_from(head, part, clean, control)
+        if not paths:
+            continue
+        yield interventions.path(interventions.zero([(0, 0)]), head, part, clean)
+        yield interventions.without_source([(0, 0)], head, part, clean)

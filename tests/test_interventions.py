@@ -7,65 +7,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from common import interventions, models
+from common import interventions
 from common.edits import Recordings, applied
 from common.errors import UserError
-from common.sequences import Battery, Cells, TokenBatch, battery
-from tests.oracle import Edits, Oracle, bridge_logits
+from common.sequences import Cells, TokenBatch
+from tests.oracle import ARCHITECTURES, Edits, assert_no_hooks, bridge_logits, every_kind, recorded
 
 HEADS = [(0, 1), (1, 2), (1, 3)]
-ARCHITECTURES = ("gpt2", "llama", "neox")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, tokenizer, random_gpt2_folder):
-    """Random models of 4 heads: GPT-2, a Llama with 2 key heads, a GPT-NeoX with parallel blocks."""
-    shared = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.3,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.bos_token_id,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    built = {
-        "llama": LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **shared)),
-        "neox": GPTNeoXForCausalLM(GPTNeoXConfig(**shared)),
-    }
-    found = {"gpt2": random_gpt2_folder}
-    for name, model in built.items():
-        found[name] = tmp_path_factory.mktemp("models") / f"random-{name}"
-        model.save_pretrained(found[name])
-        tokenizer.save_pretrained(found[name])
-    return found
-
-
-@pytest.fixture(scope="module")
-def loaded(folders):
-    return {name: models.load(str(folder)) for name, folder in folders.items()}
-
-
-@pytest.fixture(scope="module")
-def oracles(folders):
-    return {name: Oracle(folder) for name, folder in folders.items()}
-
-
-@pytest.fixture(scope="module")
-def drawn(random_gpt2) -> Battery:
-    return battery(random_gpt2.ordinary(), random_gpt2.bos, rows=3, length=14, seed=1)
 
 
 def of(heads, change):
     """`change(layer, head, row, value)` for the `heads` alone."""
     return lambda layer, head, row, value: change(layer, head, row, value) if (layer, head) in heads else value
-
-
-def recorded(model, batch: TokenBatch) -> Recordings:
-    return Recordings(model, batch.tokens, batch_size=2)
-
-
-def assert_no_hooks(model) -> None:
-    assert not any(point.fwd_hooks for point in model.bridge.hook_dict.values())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -273,23 +227,6 @@ def test_a_source_is_removed_with_the_layernorm_frozen(random_gpt2, oracles, dra
 
 
 # --- in part ---
-
-
-def every_kind(model, drawn):
-    """One intervention of each kind on a late head."""
-    clean, control = recorded(model, drawn.repeats), recorded(model, drawn.controls)
-    classes = interventions.position_classes(drawn.repeats)
-    head = [(1, 2)]
-    yield interventions.zero(head)
-    yield interventions.mean(head, control, classes, classes)
-    yield interventions.resample(head, control, seed=0)
-    yield interventions.uniform(head)
-    yield interventions.pattern_from(head, control)
-    yield interventions.forbid(head, drawn.repeats.cells["prefix_matching"])
-    for part in "qkv":
-        yield interventions.input_from(head, part, clean, control)
-        yield interventions.path(interventions.zero([(0, 0)]), head, part, clean)
-        yield interventions.without_source([(0, 0)], head, part, clean)
 
 
 def logits_under(model, intervention, tokens):
