@@ -10,9 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from common import models
+from common.sequences import Battery, battery
+from tests.oracle import Oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,6 +48,57 @@ def random_gpt2(random_gpt2_folder) -> models.Model:
 @pytest.fixture(scope="session")
 def mini() -> models.Model:
     return models.load("mini")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, tokenizer, random_gpt2_folder) -> dict[str, Path]:
+    """Random models of 4 heads: GPT-2, a Llama with 2 key heads, a GPT-NeoX with parallel blocks."""
+    shared = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.3,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.bos_token_id,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    built = {
+        "llama": LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **shared)),
+        "neox": GPTNeoXForCausalLM(GPTNeoXConfig(**shared)),
+    }
+    found = {"gpt2": random_gpt2_folder}
+    for name, model in built.items():
+        found[name] = tmp_path_factory.mktemp("models") / f"random-{name}"
+        model.save_pretrained(found[name])
+        tokenizer.save_pretrained(found[name])
+    return found
+
+
+@pytest.fixture(scope="session")
+def loaded(folders) -> dict[str, models.Model]:
+    return {name: models.load(str(folder)) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def oracles(folders) -> dict[str, Oracle]:
+    return {name: Oracle(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory, tokenizer) -> models.Model:
+    """A random Gemma 2, which norms what its heads write before adding it, and caps its logits."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, intermediate_size=48, initializer_range=0.3, final_logit_softcapping=2.0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "random-gemma"
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return models.load(str(folder))
+
+
+@pytest.fixture(scope="session")
+def drawn(random_gpt2) -> Battery:
+    """Three short rows with a repeat, and their controls."""
+    return battery(random_gpt2.ordinary(), random_gpt2.bos, rows=3, length=14, seed=1)
 
 
 def save_random_gpt2(folder: Path, tokenizer, *, layers: int = 3, heads: int = 4, seed: int = 0) -> Path:
