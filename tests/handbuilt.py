@@ -183,9 +183,7 @@ def _draw_role(
         return Role(kind)
     writing = float(rng.choice([0.0, 0.08]))  # a decoy may copy what it attends to: its cells tell it from induction
     if kind == "fixed-offset":
-        near, period = int(rng.choice([0, *range(2, 13)])), int(rng.integers(16, 129))
-        offset = near if rng.random() < 0.3 else period - 1
-        return Role(kind, float(rng.uniform(0.5, 0.99)), offset=offset, writing=writing)
+        return Role(kind, float(rng.uniform(0.5, 0.99)), offset=_draw_offset(rng), writing=writing)
     if kind == "previous-token":
         return Role(kind, float(rng.uniform(0.5, 0.99)), writing=writing)
     return Role(kind, slot=slot, writing=writing)
@@ -198,6 +196,17 @@ def _draw_strength(rng: np.random.Generator, strong: bool) -> float:
     if rng.random() < 0.2:
         return 0.5
     return float(np.exp(rng.uniform(math.log(0.1), math.log(0.99))))
+
+
+def _draw_offset(rng: np.random.Generator) -> int:
+    """A third near (0 is the token itself), a third anywhere, a third where a common test row has its repeat.
+
+    In BOS and a segment said twice, induction looks back the segment's length less 1. Rows of 32, 64, 128 and 256
+    tokens have segments of 15, 31, 63 and 127 tokens, or 16, 32, 64 and 128 where BOS is not counted.
+    """
+    near, far = [0, *range(2, 13)], range(15, 128)
+    usual = [14, 15, 30, 31, 62, 63, 126, 127]
+    return int(rng.choice([near, far, usual][rng.integers(3)]))
 
 
 # --- the residual stream ---
