@@ -16,6 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,8 @@ def choose_labels(model: Model, args: argparse.Namespace) -> Labels | None:
     """What to evaluate against, if anything; read before the long work, so that a wrong file is said at once."""
     from common import causal, labels
 
-    return labels.choose(args.labels, model, lambda: causal.measure(model, args.batch_size, report.progress).labels())
+    measure = partial(causal.measure, model, batch_size=args.batch_size, seed=args.seed, progress=report.progress)
+    return labels.choose(args.labels, model, lambda: measure().labels())
 
 
 def evaluate(measured: Survey, labels: Labels | None) -> Metrics | None:
@@ -163,7 +165,7 @@ def print_summary(results: dict[str, Any], measured: Survey, quality: Metrics | 
     for number, entry in enumerate(results["sequences"], start=1):
         print(tables.text_line(number, entry))
     if quality:
-        print(f"Against labels ({quality.labels}): {quality.sentence()}")
+        print(f"Agreement with labels: {quality.sentence()}.\nLabels: {quality.labels}.")
     print(f"Written to {out}: {', '.join(results['files'])}")
 
 

@@ -43,9 +43,11 @@ import torch
 from numpy.typing import NDArray
 from transformer_lens.head_detector import detect_head
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging as transformers_logging
 
 from common import cli, metrics, models, report, scores
 from common.detection import detect, name
+from common.errors import UserError
 from common.sequences import Floats, Ints, battery
 from tests import handbuilt
 from training import label_mini
@@ -56,6 +58,7 @@ Head = tuple[int, int]
 PROGRAM = "benchmark_detection"
 FIRST_SEED = 1_000_000
 LENGTHS = (32, 64, 128, 256)
+SHORTEST = 8  # tokens of a row that has room for a repeat
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 LIBRARY_ROWS = 8  # rows [BOS] R R for detect_head
 LABEL_ROWS = 16  # rows for the causal labels of a checkpoint
@@ -66,7 +69,7 @@ OURS = "dynamic"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what is known of it: its induction heads, and where known all heads that attend to the targets.
+    """What is known of a model: its induction heads, and where known all heads that attend to the targets.
 
     `group`: hand-built, mini, forming (checkpoints in which induction forms) or negative; `kinds`: what each head does,
     for hand-built models.
@@ -74,7 +77,6 @@ class Subject:
 
     name: str
     group: str
-    model: models.Model
     induction: frozenset[Head]
     on_targets: frozenset[Head] | None = None
     kinds: dict[Head, str] = field(default_factory=dict)
@@ -93,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=cli.positive, default=20, help="hand-built models (default 20)")
     parser.add_argument("--random", type=cli.positive, default=8, help="randomly initialised models (default 8)")
-    parser.add_argument("--lengths", type=cli.positive, nargs="+", default=LENGTHS, help="tokens per row")
+    parser.add_argument(
+        "--lengths", type=cli.positive, nargs="+", default=LENGTHS, help="tokens per row (default 32 64 128 256)"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs") / PROGRAM, metavar="DIR", help="output folder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return cli.run(benchmark, parser.parse_args(argv), PROGRAM)
@@ -102,12 +106,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def benchmark(args: argparse.Namespace) -> None:
     """Every method on every model at every row length; the summary to stdout and to a file."""
     started = time.monotonic()
+    for length in args.lengths:
+        if not SHORTEST <= length < handbuilt.CONTEXT:
+            raise UserError(f"--lengths {length}: hand-built models need rows of {SHORTEST} to {handbuilt.CONTEXT - 1}")
     judged: list[Judged] = []
     total = args.models + args.random + len(BEFORE) + len(FORMING) + 1
     with report.output_folder(args.out) as folder:
-        for number, subject in enumerate(subjects(args.models, args.random), start=1):
+        for number, (subject, model) in enumerate(subjects(args.models, args.random), start=1):
             for length in args.lengths:
-                judged += judge(subject, length, seed=FIRST_SEED + number)
+                judged += judge(subject, model, length, seed=FIRST_SEED + number)
             report.say(f"{number}/{total} {subject.name}, {time.monotonic() - started:.0f} s")
         summaries = summarise(judged)
         results = {
@@ -127,38 +134,39 @@ def benchmark(args: argparse.Namespace) -> None:
 # --- models ---
 
 
-def subjects(n_handbuilt: int, n_random: int) -> Iterator[Subject]:
+def subjects(n_handbuilt: int, n_random: int) -> Iterator[tuple[Subject, models.Model]]:
     """The models, one at a time."""
+    transformers_logging.disable_progress_bar()  # of every file that is saved
     tokenizer = AutoTokenizer.from_pretrained(models.MINI)
     for number in range(n_handbuilt):
         yield hand_built(FIRST_SEED + number, tokenizer)
     mini = models.load("mini")
     labels = metrics.read_labels(models.MINI / "labels.json", mini.n_layers, mini.n_heads)
-    yield Subject("mini", "mini", mini, labels.heads)
+    yield Subject("mini", "mini", labels.heads), mini
     for step in (*BEFORE, *FORMING):
         model = models.load(str(models.MINI.with_name("mini-checkpoints") / step))
         known = frozenset() if step in BEFORE else causal_labels(model)
-        yield Subject(f"mini {step}", "negative" if step in BEFORE else "forming", model, known)
+        yield Subject(f"mini {step}", "negative" if step in BEFORE else "forming", known), model
     for number in range(n_random):
         yield random_model(number, tokenizer)
 
 
-def hand_built(seed: int, tokenizer: Any) -> Subject:
+def hand_built(seed: int, tokenizer: Any) -> tuple[Subject, models.Model]:
     """A model whose heads are known by construction."""
     built = handbuilt.build(seed, vocabulary=len(tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         model = models.load(str(handbuilt.save(built, Path(folder), tokenizer)))
-    return Subject(
+    subject = Subject(
         f"hand-built {seed}",
         "hand-built",
-        model,
         induction=frozenset(built.heads("induction")),
         on_targets=frozenset(built.heads(*handbuilt.ON_TARGETS)),
         kinds={head: role.kind for head, role in built.roles.items()},
     )
+    return subject, model
 
 
-def random_model(number: int, tokenizer: Any) -> Subject:
+def random_model(number: int, tokenizer: Any) -> tuple[Subject, models.Model]:
     """A GPT-2 as it is initialised, or with weights ten times as large, whose heads are far from uniform."""
     layers, heads, width = SHAPES[number % len(SHAPES)]
     spread = (0.02, 0.2)[number // len(SHAPES) % 2]
@@ -171,7 +179,7 @@ def random_model(number: int, tokenizer: Any) -> Subject:
         GPT2LMHeadModel(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         model = models.load(folder)
-    return Subject(f"random {number}: {layers} x {heads}, spread {spread}", "negative", model, frozenset(), frozenset())
+    return Subject(f"random {number}: {layers} x {heads}, spread {spread}", "negative", frozenset()), model
 
 
 def causal_labels(model: models.Model) -> frozenset[Head]:
@@ -324,9 +332,9 @@ class Judged:
         }
 
 
-def judge(subject: Subject, length: int, seed: int) -> list[Judged]:
+def judge(subject: Subject, model: models.Model, length: int, seed: int) -> list[Judged]:
     """Every method on one model at one row length."""
-    said = decisions(subject.model, length, seed)
+    said = decisions(model, length, seed)
     return [Judged(method, subject, length, decision) for method, decision in said.items()]
 
 

@@ -26,6 +26,7 @@ import torch
 from einops import einsum
 from numpy.typing import NDArray
 
+from common.interventions import without_cells
 from common.models import Model, read
 from common.sequences import Cells, Floats, TokenBatch, continuing
 
@@ -74,15 +75,10 @@ def copying_score(circuit: Floats) -> float:
     return float(eigenvalues.sum().real / size) if size > 1e-12 else 0.0
 
 
-def without_cells(pattern: torch.Tensor, cells: Cells) -> torch.Tensor:
-    """The pattern [batch, head, query, key] with `cells` at 0 in every head and their queries' rows summing to 1 again.
-
-    A row that paid everything to its cells is left with nothing.
-    """
+def _due_to(pattern: torch.Tensor, cells: Cells) -> torch.Tensor:
+    """The pattern [batch, head, query, key] less the pattern with `cells` forbidden in every head."""
     row, query, key = (torch.from_numpy(index).to(pattern.device) for index in (cells.row, cells.query, cells.key))
-    rest = pattern.clone()
-    rest[row, :, query, key] = 0.0
-    return rest / rest.sum(-1, keepdim=True).clamp_min(1e-9)
+    return pattern - without_cells(pattern.movedim(1, 3), row, query, key).movedim(3, 1)
 
 
 def _in_parts(
@@ -119,8 +115,9 @@ def _total_effect_at_once(model: Model, batch: TokenBatch) -> Floats:
         ((correct - logits.mean(1)) * torch.from_numpy(share).to(logits)).sum().backward()
     effects = np.full((len(batch.tokens), model.n_layers, model.n_heads), np.nan)
     for layer, pattern in patterns.items():
-        due = pattern.detach() - without_cells(pattern.detach(), batch.cells["prefix_matching"])
-        effects[:, layer] = (pattern.grad * due).sum((2, 3)).double().cpu().numpy()
+        due = _due_to(pattern.detach(), batch.cells["prefix_matching"])
+        gradient = pattern.grad if pattern.grad is not None else torch.zeros_like(due)
+        effects[:, layer] = (gradient * due).sum((2, 3)).double().cpu().numpy()
     effects[np.bincount(row, minlength=len(effects)) == 0] = np.nan
     return effects
 
@@ -148,8 +145,8 @@ def _direct_effect_at_once(model: Model, batch: TokenBatch) -> Floats:
         values[layer] = _per_query_head(shown.float().transpose(1, 2), model.n_heads, axis=1)
 
     def add(layer: int, pattern: torch.Tensor) -> None:
-        due_to_targets = (pattern - without_cells(pattern, batch.cells["prefix_matching"])).float()
-        written = (due_to_targets @ values.pop(layer))[queries[0], :, queries[1]]
+        due = _due_to(pattern, batch.cells["prefix_matching"]).float()
+        written = (due @ values.pop(layer))[queries[0], :, queries[1]]
         out = model.bridge.blocks[layer].attn.W_O.float()
         read_off = einsum(correct, out, "repeat d_model, head d_head d_model -> repeat head d_head")
         effects[:, layer] = (written * read_off).sum(-1).cpu()

@@ -11,8 +11,8 @@
    total effect (common/attribution.py): `induction` raises it by `LEAST_EFFECT` nats or more, `suppression` lowers it
    by as much, `attends-only` does neither.
 4. Of the other heads, one whose attention to earlier copies reaches the threshold of the same rule is
-   `duplicate-token`; one that pays most of its attention to the previous token or to BOS is `previous-token` or
-   `first-token`; the rest is `none`.
+   `duplicate-token`; one that pays most of its attention, at the same queries, to the previous token or to BOS is
+   `previous-token` or `first-token`; the rest is `none`.
 5. Rows are drawn again with replacement and steps 1 to 4 repeated: the confidence of a verdict is the share of
    resamples that agree with it.
 
@@ -168,10 +168,16 @@ def _verdicts(
         "suppression": attends & (effect <= -LEAST_EFFECT),
         "attends-only": attends,
         "duplicate-token": score >= limit,
-        "previous-token": repeats["previous_token"].resampled(weights)[0] > MOST,
-        "first-token": repeats["first_token"].resampled(weights)[0] > MOST,
+        "previous-token": _share(repeats, "budget_previous", weights) > MOST,
+        "first-token": _share(repeats, "budget_bos", weights) > MOST,
     }
     return np.select(list(conditions.values()), [VERDICTS.index(name) for name in conditions], VERDICTS.index("none"))
+
+
+def _share(repeats: Mapping[str, RowSums], part: str, weights: Floats) -> Floats:
+    """What queries with a target pay to a part of the budget, [resamples, layers, heads]."""
+    queries = weights @ repeats["prefix_matching"].counts
+    return np.tensordot(weights, repeats[part].sums, 1) / queries[:, None, None]
 
 
 def by_score(score: Floats) -> list[tuple[int, int]]:

@@ -2,16 +2,6 @@
 
 A label file is JSON: `{"source": "how they were made", "induction_heads": ["5.1", "6.9"]}`; whatever else it holds is
 ignored.
-
-Causal labels, on rows that detection does not draw, each effect with its 95 % interval over rows:
-
-1. needed: the rise of the loss at repeats when the head's attention to its targets is forbidden (row renormalised; the
-   rest of the head stays: taking the whole head away would indict previous-token heads too);
-2. direct: what the same change of the head alone takes from the correct token's logit on the direct path to the output,
-   everything else kept. It shows heads that cover for each other, none of which is needed alone.
-
-The rule: induction where either effect is at least `LEAST` nats and its interval lies above 0, else suppression where
-either is at most `-LEAST` and its interval lies below 0.
 """
 
 from __future__ import annotations
@@ -31,7 +21,6 @@ if TYPE_CHECKING:
     from common.models import Model
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "models" / "published"
-LEAST = 0.05
 
 
 @dataclass(frozen=True)

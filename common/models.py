@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,7 +108,7 @@ class _Seen(Exception):
 
 
 def read(
-    model: Model, tokens: NDArray[np.int64], readers: dict[str, Callable[[torch.Tensor], None]], last: str
+    model: Model, tokens: NDArray[np.int64], readers: Mapping[str, Callable[[torch.Tensor], None]], last: str
 ) -> None:
     """Run [batch, pos] token ids and hand what each named hook point shows to its reader.
 

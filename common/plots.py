@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 from sklearn.metrics import precision_recall_curve
 
 from common.detection import Detection, by_score, name
@@ -35,6 +36,12 @@ ATTENTION = "Blues"
 RESTING = "Greys"
 LONGEST = 48  # tokens that stay legible on one axis
 MOST_HEADS = 40  # heads that stay legible in one list
+OUTLINES = {"induction": (MARK, "-"), "suppression": ("#882255", "--"), "attends-only": ("black", ":")}
+LEGENDS = {
+    "induction": "induction head: attends to the token after an earlier copy, and raises it",
+    "suppression": "suppression head: attends to it, and lowers it",
+    "attends-only": "attends to it, and does neither",
+}
 HABIT = 0.4  # the best-known fixed threshold
 PARTS = {  # of the attention budget, in colours of Okabe and Ito's palette
     "targets": MARK,
@@ -70,18 +77,26 @@ def mosaic(axes: Axes, found: Detection, title: str) -> Axes:
         linecolor="white",
         cbar_kws={"label": "prefix matching: attention to the tokens\nafter earlier copies of the current one"},
     )
-    for layer, head in found.ranked():
-        axes.add_patch(Rectangle((head, layer), 1, 1, fill=False, edgecolor=MARK, linewidth=2.5, zorder=3))
-        axes.text(head + 0.06, layer + 0.22, name(layer, head), color=MARK, fontsize=7, fontweight="bold", zorder=4)
+    for verdict, (colour, line) in OUTLINES.items():
+        for layer, head in np.argwhere(found.verdict == verdict):
+            axes.add_patch(
+                Rectangle((head, layer), 1, 1, fill=False, edgecolor=colour, linestyle=line, linewidth=2.5, zorder=3)
+            )
+            label = axes.text(head + 0.06, layer + 0.22, name(layer, head), color=colour, fontsize=8, zorder=4)
+            label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+            label.set_fontweight("bold")
     axes.set(xlabel="head", ylabel="layer", title=title)
     axes.tick_params(axis="y", rotation=0)
     axes.legend(
         handles=[
-            Patch(fill=False, edgecolor=MARK, linewidth=2, label="induction head (score above its own threshold)")
+            Patch(fill=False, edgecolor=colour, linestyle=line, linewidth=2, label=LEGENDS[verdict])
+            for verdict, (colour, line) in OUTLINES.items()
+            if (found.verdict == verdict).any() or verdict == "induction"
         ],
         loc="upper left",
-        bbox_to_anchor=(0, -0.12),
+        bbox_to_anchor=(0, -0.7 / axes.figure.get_size_inches()[1]),
         frameon=False,
+        fontsize=9,
     )
     return axes
 
@@ -118,7 +133,7 @@ def thresholds(axes: Axes, found: Detection, title: str) -> Axes:
     axes.legend(
         handles=[
             Line2D([], [], marker="o", color=MARK, label="score: induction head", **style),
-            Line2D([], [], marker="s", color="0.35", label="score: below its threshold", **style),
+            Line2D([], [], marker="s", color="0.35", label="score: no induction head", **style),
             Line2D([], [], marker="|", color="black", markeredgewidth=2, label="its threshold", **style),
             Line2D([], [], marker="o", markerfacecolor="white", color="0.45", label="control rows, no repeat", **style),
         ],
@@ -148,10 +163,9 @@ def budget(axes: Axes, found: Detection, paid: Mapping[str, Floats], title: str)
     ]
     axes.set_yticks(range(len(heads)), verdicts)
     axes.invert_yaxis()
-    axes.set(xlabel="share of attention, mean over queries with a target", title=title, xlim=(0, 1))
-    axes.legend(
-        ncols=len(PARTS), loc="upper center", bbox_to_anchor=(0.4, -0.5 / axes.figure.get_figheight()), frameon=False
-    )
+    axes.set(xlabel="share of attention, mean over queries with a target", xlim=(0, 1))
+    axes.legend(ncols=len(PARTS), loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8, borderaxespad=0)
+    axes.set_title(title, pad=24)
     sns.despine(ax=axes, left=True)
     return axes
 

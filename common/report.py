@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -45,7 +46,8 @@ def progress(what: str, total: int) -> Iterator[Any]:
     """A bar on stderr with the time left; yields advance(count). Drawn only where stderr is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left"))
     console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    options: dict[str, Any] = {"console": console, "transient": True, "disable": not console.is_terminal}
+    with Progress(*columns, TimeRemainingColumn(), **options) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.update(task, advance=count)
 
@@ -131,7 +133,7 @@ def write_csv(path: Path, heads: Sequence[dict[str, Any]]) -> None:
 
 
 def _flat(head: dict[str, Any]) -> dict[str, Any]:
-    row = {}
+    row: dict[str, Any] = {}
     for key, value in head.items():
         if key.endswith("_interval"):
             row |= dict(zip((f"{key[:-9]}_low", f"{key[:-9]}_high"), plain(value), strict=True))
@@ -142,7 +144,7 @@ def _flat(head: dict[str, Any]) -> dict[str, Any]:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout, at most `WIDTH` columns wide; numbers are right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:

@@ -105,7 +105,8 @@ def survey(
 
 def measure(model: Model, drawn: Battery, *, batch_size: int, advance: Callable[[int], None]) -> Evidence:
     """The evidence of one lot of rows; `advance` is told of each row of each pass."""
-    options = {"batch_size": batch_size, "advance": advance}
-    repeats, controls = score_battery(model, drawn, **options)
+    repeats, controls = score_battery(model, drawn, batch_size=batch_size, advance=advance)
     some = drawn.repeats.rows(0, EFFECT_ROWS)
-    return Evidence(repeats, controls, total_effect(model, some, **options), direct_effect(model, some, **options))
+    total = total_effect(model, some, batch_size=batch_size, advance=advance)
+    direct = direct_effect(model, some, batch_size=batch_size, advance=advance)
+    return Evidence(repeats, controls, total, direct)

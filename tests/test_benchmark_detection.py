@@ -11,14 +11,12 @@ from transformer_lens.head_detector import detect_head
 
 from benchmarks import detection as benchmark
 from benchmarks.detection import Agreement, Decision, Judged, Subject
-from common import metrics, scores
+from common import metrics, models, scores
 from tests import handbuilt
 
 
 @pytest.fixture(scope="module")
 def paper_case(tmp_path_factory, tokenizer):
-    from common import models
-
     built = handbuilt.paper_case(vocabulary=len(tokenizer))
     return models.load(str(handbuilt.save(built, tmp_path_factory.mktemp("paper-case"), tokenizer)))
 
@@ -64,7 +62,7 @@ def judged(group: str, truth: list, said: list, length: int = 32) -> Judged:
     array = np.zeros((1, 4), dtype=bool)
     array[0, said] = True
     heads = frozenset((0, head) for head in truth)
-    return Judged("method", Subject("some", group, None, heads, heads), length, Decision(array, array))
+    return Judged("method", Subject("some", group, heads, heads), length, Decision(array, array))
 
 
 def test_summary_of_a_case_worked_out_by_hand():
@@ -103,3 +101,11 @@ def test_the_benchmark_runs_from_end_to_end(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr()
     assert "detect_head 0.4" in shown.out and "…" not in shown.out
     assert "1/6 hand-built 1000000" in shown.err
+
+
+@pytest.mark.parametrize("length", ["7", "300"])
+def test_a_row_length_that_no_model_takes_is_refused_in_one_line(length, tmp_path, capsys):
+    assert benchmark.main(["--lengths", length, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == (
+        f"benchmark_detection: --lengths {length}: hand-built models need rows of 8 to 299\n"
+    )

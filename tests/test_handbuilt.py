@@ -164,7 +164,7 @@ def test_a_random_head_is_neither_uniform_nor_on_the_targets(every_kind):
     pattern = scores.patterns(every_kind, drawn.repeats.tokens[0], [(0, 7)])[0]
     assert pattern[-1].max() >= 3 / 64
     _, over_control, by_chance = lift(every_kind, drawn)
-    assert abs(over_control[0, 7]) <= by_chance[0, 7] <= 0.02
+    assert abs(over_control[0, 7]) <= by_chance[0, 7] <= 0.04
 
 
 def silenced(built: HandBuilt, heads: list[tuple[int, int]]) -> HandBuilt:
