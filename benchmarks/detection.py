@@ -10,7 +10,7 @@ Prints a table, writes it with every single decision to outputs/benchmark_detect
    negative controls, in which nothing is induction: randomly initialised models, and the checkpoint of `mini` from
    before induction formed. The two later checkpoints have seen a quarter of the vocabulary, and what their heads do to
    the loss on all of it lies at the edge of the rule for labels: they are listed beside labels by intervention
-   (training/label_mini.py) and not counted.
+   (common/causal.py) and not counted.
 2. Rows. Of 32, 64, 128 and 256 tokens, by token id. Every seed starts at `FIRST_SEED`; nothing else draws from there.
 3. Methods, each of which says for every head whether it is an induction head:
    - dynamic: what induction_head_detection.py does by default;
@@ -45,12 +45,12 @@ from transformer_lens.head_detector import detect_head
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
-from common import cli, metrics, models, report, scores
-from common.detection import detect, name
+from common import causal, cli, labels, models, report
+from common.detection import name
 from common.errors import UserError
-from common.sequences import Floats, Ints, battery
+from common.sequences import Floats, Ints
+from common.survey import survey
 from tests import handbuilt
-from training import label_mini
 
 Bools = NDArray[np.bool_]
 Head = tuple[int, int]
@@ -61,7 +61,6 @@ LENGTHS = (32, 64, 128, 256)
 SHORTEST = 8  # tokens of a row that has room for a repeat
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 LIBRARY_ROWS = 8  # rows [BOS] R R for detect_head
-LABEL_ROWS = 16  # rows for the causal labels of a checkpoint
 SHAPES = ((2, 4, 64), (4, 8, 64), (6, 12, 96), (12, 12, 96))  # layers, heads, width of random models
 BEFORE, FORMING = ("step-0100",), ("step-0400", "step-0700")
 OURS = "dynamic"
@@ -141,11 +140,11 @@ def subjects(n_handbuilt: int, n_random: int) -> Iterator[tuple[Subject, models.
     for number in range(n_handbuilt):
         yield hand_built(FIRST_SEED + number, tokenizer)
     mini = models.load("mini")
-    labels = metrics.read_labels(models.MINI / "labels.json", mini.n_layers, mini.n_heads)
-    yield Subject("mini", "mini", labels.heads), mini
+    known = labels.read(models.MINI / "labels.json", mini.n_layers, mini.n_heads)
+    yield Subject("mini", "mini", known.heads), mini
     for step in (*BEFORE, *FORMING):
         model = models.load(str(models.MINI.with_name("mini-checkpoints") / step))
-        known = frozenset() if step in BEFORE else causal_labels(model)
+        known = frozenset() if step in BEFORE else causal.measure(model).labels().heads
         yield Subject(f"mini {step}", "negative" if step in BEFORE else "forming", known), model
     for number in range(n_random):
         yield random_model(number, tokenizer)
@@ -182,42 +181,17 @@ def random_model(number: int, tokenizer: Any) -> tuple[Subject, models.Model]:
     return Subject(f"random {number}: {layers} x {heads}, spread {spread}", "negative", frozenset()), model
 
 
-def causal_labels(model: models.Model) -> frozenset[Head]:
-    """Heads whose target cells matter for the loss at repeats, by the rule that made mini's labels.json."""
-    rows = battery(model.ordinary(), model.bos, rows=LABEL_ROWS, length=label_mini.LENGTH, seed=label_mini.SEED).repeats
-    effects = label_mini.measure(model, rows)
-    return frozenset(
-        (layer, head)
-        for layer in range(model.n_layers)
-        for head in range(model.n_heads)
-        if max(low for _, low, _ in effects[name(layer, head)].values()) >= label_mini.LEAST
-    )
-
-
 # --- methods ---
 
 
 def decisions(model: models.Model, length: int, seed: int) -> dict[str, Decision]:
-    """What each method says of each head."""
-    said = {OURS: ours(model, length, seed)}
-    rows = battery(model.ordinary(), model.bos, rows=scores.ROWS, length=length, seed=seed).repeats
+    """What each method says of each head. Ours is that of induction_head_detection.py with its defaults."""
+    found = survey(model, seed=seed, batch_size=8, length=length).found
+    said = {OURS: Decision(found.induction, found.attends)}
     plain, without_bos = library_scores(model, length, seed)
-    measured = {
-        "fixed": scores.score(model, rows, batch_size=8).mean("prefix_matching"),
-        "detect_head": plain,
-        "no BOS": without_bos,
-    }
-    for method, score in measured.items():
+    for method, score in {"fixed": found.score, "detect_head": plain, "no BOS": without_bos}.items():
         said |= {f"{method} {limit}": Decision(score >= limit, score >= limit) for limit in THRESHOLDS}
     return said
-
-
-def ours(model: models.Model, length: int, seed: int) -> Decision:
-    """The detection of induction_head_detection.py with its defaults, on rows of `length` tokens."""
-    repeats, controls = scores.score_battery(model, seed=seed, batch_size=8, length=length)
-    null = controls.mean("prefix_matching"), controls.std("prefix_matching")
-    found = detect(repeats.mean("prefix_matching"), *null).induction
-    return Decision(induction=found, on_targets=found)
 
 
 class GivenTokens:

@@ -23,10 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.stats import t as student
 
 from common.statistics import RowSums, bootstrap_weights, percentile_interval, resampled_mean
 
@@ -82,17 +83,28 @@ class Detection(Attention):
         return [head for head in by_score(self.score) if self.induction[head]]
 
 
-def attend(repeats: RowSums, controls: RowSums, error: float, *, threshold: float | None = None) -> Attention:
+class Precision(NamedTuple):
+    """How well chance is known. `error`: standard error of the difference of score and control for a head that ignores
+    the repeat, in standard deviations of its control cells; `freedom`: degrees of freedom of that deviation."""
+
+    error: float
+    freedom: int
+
+    @classmethod
+    def of_rows(cls, rows: int) -> Precision:
+        """For as many control rows as rows, at worst with all queries of a row alike."""
+        return cls(float(np.sqrt(2 / rows)), rows - 1)
+
+
+def attend(repeats: RowSums, controls: RowSums, precision: Precision, *, threshold: float | None = None) -> Attention:
     """Compare each head's score with its own threshold, or with one `threshold` for all.
 
     `repeats`, `controls`: prefix matching, [rows, layers, heads], at the same cells with and without the repeat.
-    `error`: standard error of the difference of their means for a head that ignores the repeat, in units of the
-    standard deviation of its control cells; `sqrt(2 / rows)` for as many control rows as rows.
     """
     whole = np.ones((1, len(repeats.counts)))
-    score, limit, control = (value[0] for value in _attention(repeats, controls, whole, error, threshold))
+    score, limit, control = (value[0] for value in _attention(repeats, controls, whole, precision, threshold))
     weights = bootstrap_weights(len(repeats.counts))
-    scores, limits, _ = _attention(repeats, controls, weights, error, threshold)
+    scores, limits, _ = _attention(repeats, controls, weights, precision, threshold)
     low, high = percentile_interval(scores)
     confidence = ((scores >= limits) == (score >= limit)).mean(0)
     return Attention(score, control, limit, low, high, confidence)
@@ -112,11 +124,11 @@ def detect(
     `threshold`: one number for all heads in place of their own.
     """
     rows = len(repeats["prefix_matching"].counts)
-    error = float(np.sqrt(2 / rows))
-    found = attend(repeats["prefix_matching"], controls["prefix_matching"], error, threshold=threshold)
-    verdict = _verdicts(repeats, controls, effect.mean(0), np.ones((1, rows)), error, threshold)[0]
+    precision = Precision.of_rows(rows)
+    found = attend(repeats["prefix_matching"], controls["prefix_matching"], precision, threshold=threshold)
+    verdict = _verdicts(repeats, controls, effect.mean(0), np.ones((1, rows)), precision, threshold)[0]
     effects = resampled_mean(effect, bootstrap_weights(len(effect), seed=1))
-    resampled = _verdicts(repeats, controls, effects, bootstrap_weights(rows), error, threshold)
+    resampled = _verdicts(repeats, controls, effects, bootstrap_weights(rows), precision, threshold)
     return Detection(
         found.score,
         found.control,
@@ -129,16 +141,16 @@ def detect(
     )
 
 
-def deviations(heads: int, error: float) -> float:
+def deviations(heads: int, precision: Precision) -> float:
     """How many standard deviations of its control cells a head's score must lie above their mean.
 
-    `error` as in `attend`. A head that ignores the repeat passes with a probability of `FALSE_POSITIVES / heads`.
+    A head that ignores the repeat passes with a probability of `FALSE_POSITIVES / heads` at the most (Student's t).
     """
-    return max(LEAST_DEVIATIONS, float(norm.isf(FALSE_POSITIVES / heads)) * error)
+    return max(LEAST_DEVIATIONS, float(student.isf(FALSE_POSITIVES / heads, precision.freedom)) * precision.error)
 
 
 def _attention(
-    repeats: RowSums, controls: RowSums, weights: Floats, error: float, threshold: float | None
+    repeats: RowSums, controls: RowSums, weights: Floats, precision: Precision, threshold: float | None
 ) -> tuple[Floats, Floats, Floats]:
     """Score, threshold and control, each [resamples, layers, heads], with rows weighted by `weights`."""
     score, _ = repeats.resampled(weights)
@@ -146,7 +158,7 @@ def _attention(
     if threshold is not None:
         return score, np.full_like(score, threshold), control
     heads = int(np.prod(score.shape[1:]))
-    return score, control + np.maximum(deviations(heads, error) * spread, LEAST_LIFT), control
+    return score, control + np.maximum(deviations(heads, precision) * spread, LEAST_LIFT), control
 
 
 def _verdicts(
@@ -154,15 +166,15 @@ def _verdicts(
     controls: Mapping[str, RowSums],
     effect: Floats,
     weights: Floats,
-    error: float,
+    precision: Precision,
     threshold: float | None,
 ) -> NDArray[np.int64]:
     """Each head's verdict as its place in `VERDICTS`, [resamples, layers, heads]."""
     kind = "prefix_matching"
-    score, limit, _ = _attention(repeats[kind], controls[kind], weights, error, threshold)
+    score, limit, _ = _attention(repeats[kind], controls[kind], weights, precision, threshold)
     attends = score >= limit
     kind = "duplicate_token"
-    score, limit, _ = _attention(repeats[kind], controls[kind], weights, error, None)
+    score, limit, _ = _attention(repeats[kind], controls[kind], weights, precision, None)
     conditions = {
         "induction": attends & (effect >= LEAST_EFFECT),
         "suppression": attends & (effect <= -LEAST_EFFECT),

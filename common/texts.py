@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.detection import Attention, attend
+from common.detection import Attention, Precision, attend
 from common.models import Model
 from common.scores import HeadScores, per_query, score
 from common.sequences import Floats, Ints, TokenBatch, text_controls
@@ -56,6 +56,6 @@ def _against_null(paid: Floats, null: Floats, threshold: float | None) -> Attent
     return attend(
         RowSums(paid, paid**2, counts),
         RowSums(null.sum(0), (null**2).sum(0), counts * len(null)),
-        error=float(np.sqrt((1 + 1 / len(null)) / queries)),
+        Precision(float(np.sqrt((1 + 1 / len(null)) / queries)), freedom=len(null) - 1),
         threshold=threshold,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -43,6 +44,26 @@ def random_gpt2_folder(tmp_path_factory, tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def random_gpt2(random_gpt2_folder) -> models.Model:
     return models.load(str(random_gpt2_folder))
+
+
+@pytest.fixture(scope="session")
+def hand_built(tmp_path_factory, tokenizer):
+    """A function from a seed, or from roles, to a hand-built model and itself loaded as a user's model is."""
+    from tests import handbuilt
+
+    @functools.cache
+    def of_seed(seed: int):
+        return load(handbuilt.build(seed, vocabulary=len(tokenizer)))
+
+    def load(built):
+        return built, models.load(str(handbuilt.save(built, tmp_path_factory.mktemp("handbuilt"), tokenizer)))
+
+    def make(what):
+        if isinstance(what, int):
+            return of_seed(what)
+        return load(handbuilt.assemble(what, vocabulary=len(tokenizer), seed=0))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from transformer_lens.head_detector import detect_head
 from benchmarks import detection as benchmark
 from benchmarks.detection import Agreement, Decision, Judged, Subject
 from common import metrics, models, scores
+from common.labels import Labels
 from tests import handbuilt
 
 
@@ -27,7 +28,7 @@ def test_agreement_is_that_of_the_metrics(seed):
     said, truth = rng.random((2, 3, 4)) < rng.choice([0.0, 0.3, 0.7], size=(2, 1, 1))
     heads = frozenset(benchmark.heads_of(truth))
     counted = Agreement.of(said, heads)
-    expected = metrics.evaluate(said, said.astype(float), metrics.Labels(heads, "random"))
+    expected = metrics.evaluate(said, said.astype(float), said[None], Labels(heads, "random"))
     assert (counted.precision, counted.recall, counted.f1) == pytest.approx(
         (expected.precision, expected.recall, expected.f1)
     )
