@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import (
     AutoTokenizer,
     Gemma2Config,
@@ -26,6 +27,9 @@ from transformers import (
 from common import models
 from common.sequences import Battery, battery
 from tests.oracle import Oracle
+
+settings.register_profile("project", deadline=None, derandomize=True)  # timing never decides a test
+settings.load_profile("project")
 
 ROOT = Path(__file__).resolve().parents[1]
 
