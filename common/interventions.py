@@ -205,6 +205,15 @@ def path(senders: Intervention, receivers: Sequence[Head], part: str, clean: Rec
     return _inputs(f"{senders.name} {_names(senders.heads)} → {PARTS[part]}", receivers, part, clean, moved)
 
 
+def paths_into(
+    receiver: Head, part: str, intervene: Callable[[Sequence[Head]], Intervention], clean: Recordings
+) -> list[Intervention]:
+    """The path of every earlier head, alone, into the receiver's query, key or values; `intervene` ablates a sender."""
+    clean.fetch({(layer, point) for layer in range(receiver[0]) for point in ("z", "o", "attn_out")})
+    senders = [(layer, head) for layer in range(receiver[0]) for head in range(clean.model.n_heads)]
+    return [path(intervene([sender]), [receiver], part, clean) for sender in senders]
+
+
 def without_source(sources: Sequence[Head], receivers: Sequence[Head], part: str, clean: Recordings) -> Intervention:
     """The receivers' query, key or values read the residual stream without what the source heads wrote into it.
 
@@ -253,8 +262,14 @@ def _output(clean: Recordings, head: Head) -> torch.Tensor:
 
 def _patched_output(clean: Recordings, change: Intervention, head: Head) -> torch.Tensor:
     """What a head puts out, [rows, pos, d_head], under the edits of `change` that are its own."""
-    under = Recordings(clean.model, clean.tokens, batch_size=clean.batch_size, under=change.of(head))
-    return under.get(head[0], "z")[:, :, head[1]]
+    own, layer = change.of(head), head[0]
+    if not own.at_outputs(layer):
+        under = Recordings(clean.model, clean.tokens, batch_size=clean.batch_size, under=own)
+        return under.get(layer, "z")[:, :, head[1]]
+    output = clean.get(layer, "z").clone()
+    for edit in own.edits:  # needs no run: the edits change the clean output itself
+        edit.write(output, Run(slice(None)))
+    return output[:, :, head[1]]
 
 
 def written(clean: Recordings, head: Head, output: torch.Tensor) -> torch.Tensor:

@@ -118,6 +118,11 @@ def test_layers_below_are_not_run_again_and_only_reads_are_unembedded(random_gpt
     assert [shape for name, shape in seen if name == "unembed"] == [(len(bench.reads.row),)] * 3
 
 
+def collect(found, into: list) -> None:
+    for one in found:
+        into.append(one)
+
+
 def test_a_sweep_that_is_stopped_keeps_what_is_done_and_leaves_no_hook(random_gpt2, drawn):
     done = []
 
@@ -127,7 +132,7 @@ def test_a_sweep_that_is_stopped_keeps_what_is_done_and_leaves_no_hook(random_gp
 
     asked = [interventions.zero([(layer, head)]) for layer in range(3) for head in range(4)]
     with pytest.raises(KeyboardInterrupt):
-        done.extend(sweep(bench_of(random_gpt2, drawn), asked, advance=stop_at_the_third))
+        collect(sweep(bench_of(random_gpt2, drawn), asked, advance=stop_at_the_third), done)
     assert [intervention.heads for intervention, _ in done] == [((0, 0),), ((0, 1),), ((0, 2),)]
     assert all(np.isfinite(found["log_prob"]).all() for _, found in done)
     assert_no_hooks(random_gpt2)
