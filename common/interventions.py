@@ -172,7 +172,10 @@ def input_from(heads: Sequence[Head], part: str, clean: Recordings, source: Reco
     """The heads' query ("q"), key ("k") or values ("v") are those of `source`; the other two stay.
 
     Attention is recomputed for a new query or key, and kept for new values. Where query heads share a key, only the
-    named heads see the new one: their pattern comes from a run of the `clean` rows with the shared key replaced.
+    named heads see the new one: their pattern comes from a run of the `clean` rows in which the shared key alone is
+    replaced. A row's own control row differs from it only from the second segment on: it changes the queries of
+    repeats, but neither the keys nor the values of their targets, in the first segment. Take those from another row
+    (`donor_rows`).
     """
     source.fetch({(layer, part) for layer, _ in heads})
 
