@@ -295,6 +295,20 @@ def check_same(one: torch.Tensor, other: torch.Tensor, complaint: str) -> None:
         raise UserError(f"{complaint}: this intervention cannot be made on its architecture")
 
 
+def check_values(clean: Recordings, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    """The head's pattern [rows, query, key] and values [rows, pos, d_head], whose product must be its output.
+
+    Raises UserError where it is not (an output gate, for one).
+    """
+    layer, query_head = head
+    clean.fetch({(layer, point) for point in ("pattern", "v", "z")})
+    pattern, values = clean.get(layer, "pattern")[:, query_head], clean.get(layer, "v")
+    values = values[:, :, query_head * values.shape[2] // clean.model.n_heads]
+    complaint = f"head {head_name(*head)} does not put out the values it attends to"
+    check_same(pattern @ values, clean.get(layer, "z")[:, :, query_head], complaint)
+    return pattern, values
+
+
 def _check_order(senders: Sequence[Head], receivers: Sequence[Head]) -> None:
     for sender in senders:
         for receiver in receivers:
@@ -326,6 +340,7 @@ def _inputs(
         column = head * columns // n_heads
         new = change(layer, head, column)
         if part == "v":
+            check_values(clean, (layer, head))
             return ValueEdit(layer, "z", head, new, group=column)
         if columns == n_heads:
             return Edit(layer, part, head, new)
