@@ -9,6 +9,7 @@ import torch
 from common import direct, effects, interventions
 from common.bench import Reads
 from common.errors import UserError
+from common.sequences import TokenBatch
 from tests.oracle import ARCHITECTURES, assert_no_hooks, bridge_logits
 
 HEADS = [(0, 1), (1, 2), (2, 0), (2, 3)]
@@ -48,6 +49,18 @@ def test_the_direct_effect_by_hand(loaded, oracles, drawn, name):
     assert sum(ticks) == 3
     assert_no_hooks(model)
     assert torch.equal(bridge_logits(model, batch.tokens), clean)
+
+
+def test_rows_without_a_repeat_have_no_direct_effect(random_gpt2, drawn):
+    plain = np.concatenate([[random_gpt2.bos], np.arange(20, 33)])
+    batch = TokenBatch.of([plain, drawn.repeats.tokens[0]], pad=0)
+    reads = Reads.of(batch.tokens, effects.repeats(batch))
+    found = direct.direct_effect(random_gpt2, batch, reads, [(0, 1)], batch_size=1).log_prob
+    alone = direct.direct_effect(
+        random_gpt2, drawn.repeats, Reads.of(drawn.repeats.tokens, effects.repeats(drawn.repeats)), [(0, 1)]
+    )
+    assert np.isnan(found[0, 0])
+    assert found[1, 0] == pytest.approx(alone.log_prob[0, 0], abs=1e-6)
 
 
 def test_in_the_last_layer_without_an_mlp_direct_is_all_there_is(random_gpt2, drawn):
