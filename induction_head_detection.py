@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from common import cli, report
 from common.detection import Detection, detect, name
-from common.errors import UserError
 from common.sequences import HEAD_TYPES, Ints, TokenBatch
 
 if TYPE_CHECKING:  # what loads torch, scikit-learn or matplotlib is imported where it is used: --help stays quick
@@ -67,7 +66,7 @@ def find_induction_heads(args: argparse.Namespace) -> None:
 
     model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
-    encoded = encode(model, texts)
+    encoded = cli.encode(model, texts)
     labels = choose_labels(model, args.labels)
     out = args.out or Path("outputs") / model.name / PROGRAM
     with report.output_folder(out) as folder:
@@ -92,30 +91,6 @@ def find_induction_heads(args: argparse.Namespace) -> None:
         }
         report.write_json(folder / "results.json", results)
     print_summary(model, found, quality, out, written)
-
-
-def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
-    """Each text with its ids. Texts of fewer than two tokens are left out with a warning.
-
-    Raises UserError where a text is longer than the context, or where no text is left.
-    """
-    kept = []
-    for number, text in enumerate(texts, start=1):
-        tokens = model.encode(text)
-        if len(tokens) > model.context:
-            raise UserError(
-                f"text {number} has {len(tokens)} tokens with BOS and {model.name} reads at most {model.context}: "
-                "shorten it or split it"
-            )
-        if len(tokens) < 3:
-            report.say(
-                f"warning: text {number} ({text!r}) has {len(tokens) - 1} tokens, at least 2 are needed: left out"
-            )
-            continue
-        kept.append((text, tokens))
-    if not kept:
-        raise UserError("no text to analyse: give at least one text of two tokens or more")
-    return kept
 
 
 def decide(repeats: HeadScores, controls: HeadScores, threshold: float | None) -> Detection:
@@ -194,14 +169,9 @@ def draw(folder: Path, model: Model, found: Detection, per_text: Sequence[dict[s
         plots.threshold_figure(found, f"{model.name}: each head against its own threshold"), folder / "thresholds.png"
     )
     for number, entry in enumerate(per_text, start=1):
-        title = f"{model.name} on text {number}: {shortened(entry['results']['text'])}"
+        title = f"{model.name} on text {number}: {cli.shortened(entry['results']['text'])}"
         figure = plots.attention_grid(entry["panels"], entry["results"]["tokens"], entry["cells"], title)
         plots.save(figure, folder / f"attention_{number:02d}.png")
-
-
-def shortened(text: str, most: int = 70) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def print_summary(model: Model, found: Detection, quality: Metrics | None, out: Path, written: Sequence[str]) -> None:

@@ -10,9 +10,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Never
+from typing import TYPE_CHECKING, Never
 
+from common import report
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.models import Model
+    from common.sequences import Ints
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
@@ -72,6 +77,19 @@ def whole_number(text: str) -> int:
     return number
 
 
+def number_or(*words: str) -> Callable[[str], int | str]:
+    """A parser of whole numbers and of these words; it raises argparse.ArgumentTypeError for anything else."""
+
+    def parse(text: str) -> int | str:
+        if text in words:
+            return text
+        if not text.isdecimal():
+            raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number nor {' nor '.join(words)}")
+        return whole_number(text)
+
+    return parse
+
+
 def threshold(text: str) -> float | None:
     """`dynamic` (None: each head its own threshold) or a fixed number in [0, 1] for every head."""
     if text == "dynamic":
@@ -101,6 +119,36 @@ def chosen_texts(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
     except OSError as error:
         raise UserError(f"cannot read {args.sequences_file}: {error.strerror}") from None
     return [line for line in lines if line.strip()]
+
+
+def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
+    """Each text with its ids. Texts of fewer than two tokens are left out with a warning.
+
+    Raises UserError where a text is longer than the context, or where no text is left.
+    """
+    kept = []
+    for number, text in enumerate(texts, start=1):
+        tokens = model.encode(text)
+        if len(tokens) > model.context:
+            raise UserError(
+                f"text {number} has {len(tokens)} tokens with BOS and {model.name} reads at most {model.context}: "
+                "shorten it or split it"
+            )
+        if len(tokens) < 3:
+            report.say(
+                f"warning: text {number} ({text!r}) has {len(tokens) - 1} tokens, at least 2 are needed: left out"
+            )
+            continue
+        kept.append((text, tokens))
+    if not kept:
+        raise UserError("no text to analyse: give at least one text of two tokens or more")
+    return kept
+
+
+def shortened(text: str, most: int = 70) -> str:
+    """A text on one line, at most `most` characters of it, for a title."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, program: str) -> int:

@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,20 +111,32 @@ def read_patterns(model: Model, tokens: NDArray[np.int64], read: Callable[[int, 
 
     Leaves the forward pass after the last layer's pattern. Layers that never show one are not handed on.
     """
-    last = model.n_layers - 1
 
     def hook(layer: int) -> Callable[[torch.Tensor, Any], None]:
-        def reader(pattern: torch.Tensor, hook: Any) -> None:
-            read(layer, pattern)
-            if layer == last:
-                raise _Seen
+        return lambda pattern, hook: read(layer, pattern)
 
-        return reader
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.n_layers)]
+    watch(model, tokens, [(name, hook(layer)) for layer, name in enumerate(names)], until=names[-1])
 
-    hooks = [(f"blocks.{layer}.attn.hook_pattern", hook(layer)) for layer in range(model.n_layers)]
+
+def watch(
+    model: Model,
+    tokens: NDArray[np.int64],
+    hooks: Sequence[tuple[str, Callable[[torch.Tensor, Any], torch.Tensor | None]]],
+    *,
+    until: str,
+) -> None:
+    """Run [batch, pos] token ids with `hooks`, as (hook point, function), and leave the forward pass after `until`.
+
+    A function gets the value and the hook point; a tensor that it returns takes the value's place.
+    """
+
+    def leave(value: torch.Tensor, hook: Any) -> None:
+        raise _Seen
+
     inputs = torch.from_numpy(tokens).to(model.bridge.cfg.device)
     try:
-        with torch.inference_mode(), model.bridge.hooks(fwd_hooks=hooks):
+        with torch.inference_mode(), model.bridge.hooks(fwd_hooks=[*hooks, (until, leave)]):
             model.bridge.original_model(inputs, use_cache=False)
     except _Seen:
         pass
