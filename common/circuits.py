@@ -43,6 +43,7 @@ from common.qk import (
 )
 from common.sequences import Floats, Ints
 
+Pair = tuple[tuple[int, int], int]  # an earlier head (layer, head) that writes, a head of the layer that reads
 WAYS = ("Q", "K", "V")
 MOST_TOKENS = 24  # different tokens of a text that circuits are shown for: what stays legible
 DIRECTIONS = 3  # singular directions shown of a head
@@ -64,6 +65,13 @@ class Direction:
     share: float
     query: Floats
     key: Floats
+
+    def record(self, tokens: Sequence[str], count: int) -> dict[str, Any]:
+        """The share, and the `count` tokens farthest along the direction as queries and as keys, with how far."""
+        sides = {"query": self.query, "key": self.key}
+        order = {side: np.argsort(-np.abs(along), kind="stable")[:count] for side, along in sides.items()}
+        listed = {side: [(tokens[at], float(sides[side][at])) for at in places] for side, places in order.items()}
+        return {"share": self.share, **listed}
 
 
 def read_embeddings(model: Model, tokens: Ints, layer: int) -> Floats:
@@ -119,7 +127,7 @@ def position_circuit(split: Parts, rules: Rules) -> Floats | None:
 
 
 def singular_directions(sides: tuple[Reader, Reader], embedded: Floats, scale: float, count: int) -> list[Direction]:
-    """The `count` strongest directions of W_Q W_K^T (norm weights folded in), with tokens of embeddings [token, d_model].
+    """The `count` strongest directions of W_Q W_K^T, norm weights folded in, with the tokens of [token, d_model] along.
 
     Each is turned so that the token farthest along it as a query is positive. Rotation is left out.
     """
@@ -193,17 +201,27 @@ class Composition:
     z: dict[str, Floats]
     limit: float
 
-    def strongest(
-        self, way: str, senders: Sequence[tuple[int, int]], heads: Sequence[int]
-    ) -> tuple[tuple[int, int], int] | None:
-        """The (sender, head) of the highest z among `senders` and `heads`; None where there is no such pair."""
-        pairs = [(sender, head) for sender in senders if sender in self.senders for head in heads]
-        return max(pairs, key=lambda pair: self.z[way][self.senders.index(pair[0]), pair[1]], default=None)
+    def strongest(self, way: str, senders: Sequence[tuple[int, int]], heads: Sequence[int]) -> Pair:
+        """The (sender, head) of the highest z among `senders` and `heads`."""
+        pairs = [(sender, head) for sender in senders for head in heads]
+        return max(pairs, key=lambda pair: self.z[way][self.senders.index(pair[0]), pair[1]])
 
-    def describe(self, way: str, pair: tuple[tuple[int, int], int] | None) -> dict[str, Any] | None:
-        """A pair by name, with its score, what random rotations score, and its z."""
-        if pair is None:
-            return None
+    def from_previous_token(self, previous_token: Floats, heads: Sequence[int]) -> Pair:
+        """The earlier previous-token head and the one of `heads` that K-compose most.
+
+        Previous-token heads pay at least half of their attention there, by `previous_token` [layer, head]; if none
+        before this layer does, the one that pays most counts.
+        """
+        senders = [head for head in self.senders if previous_token[head] >= 0.5]
+        return self.strongest("K", senders or [max(self.senders, key=lambda head: previous_token[head])], heads)
+
+    def record(self, pair: Pair) -> dict[str, Any]:
+        """As results.json holds it: `pair` in K-composition, and the strongest pair of each way."""
+        heads = range(self.z["Q"].shape[1])
+        best = {way: self._describe(way, self.strongest(way, self.senders, heads)) for way in WAYS}
+        return {"z_limit": self.limit, "previous_token_to_induction": self._describe("K", pair), "strongest": best}
+
+    def _describe(self, way: str, pair: Pair) -> dict[str, Any]:
         place = self.senders.index(pair[0]), pair[1]
         numbers = {"score": self.scores, "baseline": self.baseline, "z": self.z}
         found = {key: float(values[way][place]) for key, values in numbers.items()}
@@ -271,9 +289,8 @@ def _spectra(matrices: Sequence[FactoredMatrix]) -> Floats:
 
 def _core(matrix: FactoredMatrix) -> Floats:
     """[head, d_head, d_head] with the same singular values as the factored [head, d_model, d_model]."""
-    left = np.linalg.qr(matrix.A.numpy(), mode="r")
-    right = np.linalg.qr(matrix.B.numpy().swapaxes(-2, -1), mode="r")
-    return left @ right.swapaxes(-2, -1)
+    left, right = torch.linalg.qr(matrix.A).R, torch.linalg.qr(matrix.B.transpose(-2, -1)).R
+    return (left @ right.transpose(-2, -1)).numpy()
 
 
 def _random_scores(writing: Floats, reading: Floats, width: int, seed: int) -> Floats:

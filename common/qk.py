@@ -39,6 +39,7 @@ SCORE_ERROR_16_BIT = 2e-2  # the same in float16 and bfloat16
 ROUNDINGS = 8  # roundings of its own precision that the model may make in a sum of products, where that is more
 SUM_ERROR = 1e-4  # largest relative error of a decomposition in float32
 SUM_ERROR_16_BIT = 5e-2  # the same in float16 and bfloat16, which round the residual stream after every layer
+FALLBACK_CELLS = 3  # cells decomposed on a row that has no induction cell
 CONTEXTS = 32  # rows over which the mean output of MLP 0 is taken
 
 
@@ -128,6 +129,14 @@ def export(interaction: Interaction, tokens: Ints, path: Path) -> None:
     save_file(
         {key: np.ascontiguousarray(value) for key, value in arrays.items()}, path, {"layer": str(interaction.layer)}
     )
+
+
+def check_exists(model: Model, layer: int | None, head: int | None) -> None:
+    """Raise UserError for a layer without attention or a layer or head that the model has not; None is any."""
+    if layer is not None:
+        attention_of(model, layer)
+    if head is not None and head >= model.n_heads:
+        raise UserError(f"{model.name} has no head {head} in a layer: its heads are 0 to {model.n_heads - 1}")
 
 
 def attention_of(model: Model, layer: int) -> Any:
@@ -220,7 +229,7 @@ def _position_bias(given: dict[str, Any], batch: int, pos: int) -> Floats | None
 
 
 def _visible(mask: torch.Tensor | None, batch: int, pos: int) -> Bools:
-    """[batch, query, key] from the mask [batch, 1, query, key] that is added to the scores; causal where there is none."""
+    """[batch, query, key] from the mask [batch, 1, query, key] that is added to the scores; causal without one."""
     if mask is None:
         return np.broadcast_to(np.tril(np.ones((pos, pos), dtype=bool)), (batch, pos, pos))
     return np.broadcast_to(plain(mask)[:, 0, :, :pos] > -1e4, (batch, pos, pos))
@@ -337,7 +346,7 @@ class Reader:
         return self.after.linear(made) / self.after.scale(made) + self.after.offset if self.after else made
 
     def read_part(self, part: Floats, typical: Floats) -> Floats:
-        """What a part of the stream [pos, d_model] adds, at the mean scale of norms on `typical` streams; no constant."""
+        """What a part of the stream [pos, d_model] adds, norms at their mean scale on `typical`; no constant."""
         made = (self.before or UNCHANGED).linear(part) @ self.weight
         if self.before:
             made = made / self.before.scale(typical).mean()
@@ -431,7 +440,7 @@ def _context(model: Model, tokens: Ints, row: int) -> Ints:
 
 
 def _see_stream(model: Model, tokens: Ints, layer: int) -> dict[str, Floats]:
-    """The residual stream before and within the layers up to `layer`, and what their heads read, on [batch, pos] ids."""
+    """The residual stream before and within the layers up to `layer`, and what their heads read, by hook name."""
     wanted = ["hook_pos_embed", f"blocks.{layer}.hook_resid_pre"]
     for index in range(layer):
         ends = ("hook_resid_pre", "hook_resid_mid", "hook_attn_out", "attn.hook_z")
@@ -504,6 +513,7 @@ class Parts:
 class Decomposition:
     """The mean score of some cells of one head, by query source (rows) and key source (columns).
 
+    `cells` are (query, key), `kind` says which: induction cells, or those with most attention.
     `raw`: [source, source], sums to `score`, the mean over the cells of scale · q·k (before soft-cap and position
     bias). `terms`: the same for `lead`, the mean over the cells of the score minus the mean score of the other keys
     that the query sees, BOS left out: what is the same for every key drops out of it. `error` is the largest error of
@@ -512,6 +522,7 @@ class Decomposition:
 
     sources: tuple[str, ...]
     cells: tuple[tuple[int, int], ...]
+    kind: str
     raw: Floats
     terms: Floats
     score: float
@@ -519,10 +530,22 @@ class Decomposition:
     error: float
 
     def top(self, count: int) -> list[tuple[str, str, float]]:
-        """The `count` largest terms as (query source, key source, share of `lead` in score units), largest first."""
+        """The `count` largest terms as (query source, key source, part of `lead`), by absolute value, largest first."""
         order = np.argsort(-np.abs(self.terms), axis=None, kind="stable")[:count]
         pairs = zip(*np.unravel_index(order, self.terms.shape), strict=True)
         return [(self.sources[query], self.sources[key], float(self.terms[query, key])) for query, key in pairs]
+
+    def record(self, count: int) -> dict[str, Any]:
+        """The numbers as results.json holds them, with the `count` largest terms."""
+        return {
+            "cells": self.cells,
+            "cells_are": self.kind,
+            "score": self.score,
+            "lead": self.lead,
+            "relative_error": self.error,
+            "sources": self.sources,
+            "terms": [{"query": query, "key": key, "value": value} for query, key, value in self.top(count)],
+        }
 
 
 def parts(model: Model, tokens: Ints, head: tuple[int, int], rules: Rules) -> Parts:
@@ -543,13 +566,17 @@ def parts(model: Model, tokens: Ints, head: tuple[int, int], rules: Rules) -> Pa
 
 
 def decompose(
-    model: Model, split: Parts, interaction: Interaction, head: int, cells: Sequence[tuple[int, int]]
+    model: Model, tokens: Ints, interaction: Interaction, head: int, cells: Sequence[tuple[int, int]]
 ) -> Decomposition:
-    """The mean score of `cells` (query, key) of `head`, by query source × key source.
+    """The mean score of `cells` (query, key) of `head` on one row of ids [pos], by query source × key source.
 
+    Without cells those `FALLBACK_CELLS` with most attention are taken.
     Raises UserError where the terms do not sum to the model's own score within 1e-4 relative (float32; 5e-2 in 16
     bits): then q and k are no linear function of the residual stream that we know of.
     """
+    kind = "induction cells" if cells else "cells with most attention"
+    cells = cells or largest_cells(interaction.pattern[0, head], FALLBACK_CELLS)
+    split = parts(model, tokens, (interaction.layer, head), interaction.rules)
     rules, products = interaction.rules, interaction.products[0, head]
     query, key = (np.array(places, dtype=np.int64) for places in zip(*cells, strict=True))
     others = _other_keys(rules.visible[0], query, key)
@@ -569,12 +596,12 @@ def decompose(
         )
     where = tuple((int(a), int(b)) for a, b in cells)
     return Decomposition(
-        split.sources, where, raw, terms, float(products[query, key].mean()), float(lead.mean()), error
+        split.sources, where, kind, raw, terms, float(products[query, key].mean()), float(lead.mean()), error
     )
 
 
 def _other_keys(visible: Bools, query: Ints, key: Ints) -> Floats:
-    """[cells, pos]: weights that average over the keys that each query sees besides `key` and BOS; 0 if there is none."""
+    """[cells, pos]: weights that average over the keys that each query sees besides `key` and BOS; 0 if none."""
     others = visible[query].astype(float)
     others[:, 0] = 0.0
     others[np.arange(len(key)), key] = 0.0
@@ -587,7 +614,7 @@ def _mean_products(q: Floats, k: Floats) -> Floats:
 
 
 def largest_cells(pattern: Floats, count: int) -> list[tuple[int, int]]:
-    """The `count` (query, key) cells with most attention in a pattern [query, key], BOS and the first query left out."""
+    """The `count` (query, key) cells with most attention in a pattern [query, key], BOS and first query left out."""
     candidates = np.tril(pattern).copy()
     candidates[:2], candidates[:, 0] = -1.0, -1.0
     order = np.argsort(-candidates, axis=None, kind="stable")[:count]

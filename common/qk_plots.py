@@ -1,6 +1,6 @@
 """Pictures of how queries and keys meet. Each function draws on the Axes it is given and returns it, or makes a Figure.
 
-Scores run from green (below 0) over white to purple (above 0), the same colour for the same distance from 0. The colours
+Scores run from green (below 0) over white to purple (above 0), equally dark at equal distance from 0. The colours
 reach as far as the largest drawn cell off the BOS column; most heads give BOS a score of its own size, which would
 otherwise leave the other cells pale, so cells of the BOS column may lie beyond the scale. Cells that a query may not
 see stay blank. Marks are vermilion, as in `plots`.
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from common import plots
-from common.circuits import WAYS, Composition, Direction, HeadCircuits
+from common.circuits import WAYS, Composition, Direction, HeadCircuits, Pair
 from common.detection import name
 from common.plots import LONGEST, MARK
 from common.qk import Decomposition, Interaction
@@ -93,7 +93,7 @@ def write_values(axes: Axes, values: Floats, limit: float, digits: int, size: fl
 
 
 def score_grid(panels: Sequence[tuple[str, Floats]], tokens: Sequence[str], cells: Cells, title: str) -> Figure:
-    """One panel (title, scores [query, key] with NaN where masked) beside the other: the heads of a layer, their mean."""
+    """One panel (title, scores [query, key], NaN where masked) beside the other: heads of a layer, their mean."""
     window = plots.attention_window(len(tokens), cells)
     side = max(3.4, 0.21 * min(len(tokens), LONGEST) + 1.6)
     columns = min(len(panels), 3 if side < 7 else 2)
@@ -114,10 +114,10 @@ def cut(length: int, window: slice) -> str:
     return f" (tokens {window.start} to {window.stop - 1} of {length - 1})" if length > LONGEST else ""
 
 
-def _title_and_legend(figure: Figure, title: str) -> None:
+def _title_and_legend(figure: Figure, title: str, *others: Patch) -> None:
     figure.suptitle(title, fontsize=11)
     key = Patch(fill=False, edgecolor=MARK, linewidth=1.8, label="induction cell: the token after an earlier copy")
-    figure.legend(handles=[key], loc="outside lower center", frameon=False, fontsize=9)
+    figure.legend(handles=[key, *others], loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 
 def head_figure(values: Floats, pattern: Floats, tokens: Sequence[str], cells: Cells, title: str) -> Figure:
@@ -133,14 +133,15 @@ def head_figure(values: Floats, pattern: Floats, tokens: Sequence[str], cells: C
         write_values(axes[0], part, limit_of(part[:, 1:]), 1)
         seen = np.where(np.isfinite(part), pattern[np.ix_(shown[1:], shown)], np.nan)
         write_values(axes[1], seen, max(limit_of(seen[:, 1:]), 0.3), 2)
-    _title_and_legend(figure, title + cut(len(tokens), window))
+    grey = Patch(facecolor="0.6", label="attention to BOS (grey, 0 to 1)")
+    _title_and_legend(figure, title + cut(len(tokens), window), grey)
     return figure
 
 
-def decomposition_figure(found: Decomposition, title: str, kind: str, tokens: Sequence[str]) -> Figure:
+def decomposition_figure(found: Decomposition, title: str, tokens: Sequence[str]) -> Figure:
     """Query source × key source of the mean score of some cells; what is small is added up as one source, `rest`.
 
-    `kind` says what the cells are; the largest term is framed.
+    The largest term is framed.
     """
     names, terms = grouped(found.sources, found.terms, MOST_SOURCES)
     side = max(0.52 * len(names) + 2.4, 5.6)
@@ -153,17 +154,17 @@ def decomposition_figure(found: Decomposition, title: str, kind: str, tokens: Se
     label_tokens(axes, names, names)
     axes.set(xlabel="key source (written where the head looks)", ylabel="query source (written where it looks from)")
     axes.set_title("\n".join(textwrap.wrap(title, 70)), fontsize=10)
-    figure.supxlabel(_caption(found, kind, tokens), fontsize=8)
+    figure.supxlabel(_caption(found, tokens), fontsize=8)
     return figure
 
 
-def _caption(found: Decomposition, kind: str, tokens: Sequence[str]) -> str:
+def _caption(found: Decomposition, tokens: Sequence[str]) -> str:
     query, key = found.cells[0]
     return (
-        f"Mean over {len(found.cells)} {kind}, the first {tokens[query]} looking at {tokens[key]} (tokens {query} and "
-        f"{key}).\nThe lead, {found.lead:.2f}, is the score less the mean score of the other tokens in sight; its parts "
-        f"sum to it (error {found.error:.0e}).\nembed: the token, with what MLP 0 makes of it in any context; mlp0: the "
-        "rest of MLP 0. Framed: the largest part."
+        f"Mean over {len(found.cells)} {found.kind}, the first {tokens[query]} looking at {tokens[key]} "
+        f"(tokens {query} and {key}).\nThe lead, {found.lead:.2f}, is the score less the mean score of the other "
+        f"tokens in sight; its parts sum to it (error {found.error:.0e}).\n"
+        "embed: the token, with what MLP 0 makes of it in any context; mlp0: the rest of MLP 0. Framed: the largest."
     )
 
 
@@ -179,7 +180,7 @@ def grouped(sources: Sequence[str], terms: Floats, most: int) -> tuple[list[str]
     return [*(sources[place] for place in kept), "rest"], into.T @ terms @ into
 
 
-def composition_figure(found: Composition, pair: tuple[tuple[int, int], int] | None, title: str) -> Figure:
+def composition_figure(found: Composition, pair: Pair, title: str) -> Figure:
     """z of every earlier head (row) with every head of the layer (column), a panel per way; `pair` framed under K."""
     highest = np.max([found.z[way].max(1) for way in WAYS], axis=0)
     rows = np.sort(np.argsort(-highest, kind="stable")[:MOST_SENDERS])
@@ -189,7 +190,7 @@ def composition_figure(found: Composition, pair: tuple[tuple[int, int], int] | N
     limit = max(limit_of(found.z[way][rows]) for way in WAYS)
     for place, way in zip(axes, WAYS, strict=True):
         _composition(place, found, way, rows, limit)
-    if pair is not None and found.senders.index(pair[0]) in rows:
+    if found.senders.index(pair[0]) in rows:
         outline(axes[WAYS.index("K")], [(int(np.searchsorted(rows, found.senders.index(pair[0]))), pair[1])])
     left_out = len(found.senders) - len(rows)
     figure.suptitle(title + (f" ({len(rows)} of {len(found.senders)} earlier heads)" if left_out else ""), fontsize=11)
@@ -207,7 +208,9 @@ def _composition(axes: Axes, found: Composition, way: str, rows: np.ndarray, lim
     for (row, column), value in np.ndenumerate(z):
         color = "white" if abs(value) > 0.62 * limit else "0.15"
         weight = "bold" if value > found.limit else "normal"
-        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color, fontweight=weight)
+        axes.text(
+            column, row, f"{round(value):d}", ha="center", va="center", fontsize=7, color=color, fontweight=weight
+        )
     label_tokens(
         axes,
         [name(*found.senders[row]) for row in rows],
@@ -223,7 +226,7 @@ def circuit_figure(found: HeadCircuits, labels: Sequence[str], positions: int, t
     side = max(3.8, 0.22 * max(len(names) for _, _, names, _ in panels) + 1.6)
     height = 0.34 * len(found.directions) + 1.9
     figure = plt.figure(figsize=(max(side * len(panels), 9.0) + 0.6, side + height + 0.5), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[side, height])
+    upper, lower = figure.subfigures(2, 1, height_ratios=[side, height], squeeze=False).flat
     for axes, (label, values, names, what) in zip(
         upper.subplots(1, len(panels), squeeze=False).flat, panels, strict=True
     ):
@@ -288,8 +291,17 @@ def text_figures(
         stem, shown = f"head_{name(met.layer, head)}", names[head].capitalize()
         yield stem, head_figure(masked[head], pattern[head], tokens, cells, f"{shown}: {title}")
         if not isinstance(found, str):
-            kind = "induction cells" if cells else "cells with most attention"
-            yield (
-                f"decomposition_{name(met.layer, head)}",
-                decomposition_figure(found, f"What the scores of {names[head]} are made of: {title}", kind, tokens),
-            )
+            title_ = f"What the scores of {names[head]} are made of: {title}"
+            yield f"decomposition_{name(met.layer, head)}", decomposition_figure(found, title_, tokens)
+
+
+def weight_figures(
+    model: str, head: tuple[int, int], circuits: HeadCircuits, composition: Composition | None, pair: Pair | None,
+    tokens: Sequence[str], positions: int,
+) -> Iterator[tuple[str, Figure]]:  # fmt: skip
+    """The pictures of weights, each with the stem of its file's name: circuits of a head, composition of its layer."""
+    title = f"{model}, weights of head {name(*head)} on the tokens of a text"
+    yield f"circuits_{name(*head)}", circuit_figure(circuits, tokens, positions, title)
+    if composition and pair:
+        title = f"{model}: what the heads of layer {head[0]} read of what earlier heads write"
+        yield "composition", composition_figure(composition, pair, title)
