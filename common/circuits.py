@@ -131,11 +131,12 @@ def singular_directions(sides: tuple[Reader, Reader], embedded: Floats, scale: f
 
     Each is turned so that the token farthest along it as a query is positive. Rotation is left out.
     """
-    weights = [side.folded() for side in sides]
-    queries, strengths, keys = np.linalg.svd(weights[0] @ weights[1].T, full_matrices=False)
+    (left, query_core), (right, key_core) = (torch.linalg.qr(torch.from_numpy(side.folded())) for side in sides)
+    inner = torch.linalg.svd(query_core @ key_core.T)
+    queries, strengths, keys = (part.numpy() for part in (left @ inner.U, inner.S, inner.Vh @ right.T))
     scaled = [embedded / side.before.scale(embedded) if side.before else embedded for side in sides]
     found = []
-    for index in range(min(count, weights[0].shape[1])):
+    for index in range(min(count, len(strengths))):
         query, key = scaled[0] @ queries[:, index], scaled[1] @ keys[index]
         sign = np.sign(query[np.argmax(np.abs(query))])
         share = float(strengths[index] ** 2 / (strengths**2).sum())
@@ -236,11 +237,13 @@ def compose(model: Model, layer: int, *, seed: int) -> Composition | None:
     if layer == 0:
         return None
     senders = [_writing(model, earlier) for earlier in range(layer)]
+    spectra = _spectra(senders)
+    corners = _corners(model.bridge.cfg.d_model, spectra.shape[1], seed)
     scores, baseline, z = {}, {}, {}
     for way in WAYS:
         reading = _reading(model, layer, way)
         scores[way] = np.concatenate([_scores(sender, reading) for sender in senders])
-        random = _random_scores(_spectra(senders), _spectra([reading]), model.bridge.cfg.d_model, seed)
+        random = _random_scores(spectra, _spectra([reading]), corners)
         baseline[way] = random.mean(0)
         z[way] = (scores[way] - baseline[way]) / random.std(0)
     pairs = tuple((earlier, head) for earlier in range(layer) for head in range(model.n_heads))
@@ -283,25 +286,27 @@ def _scores(sender: FactoredMatrix, reading: FactoredMatrix) -> Floats:
 
 def _spectra(matrices: Sequence[FactoredMatrix]) -> Floats:
     """Squared singular values of every head, [head, d_head], scaled to sum to 1."""
-    values = np.concatenate([np.linalg.svd(_core(matrix), compute_uv=False) ** 2 for matrix in matrices])
+    values = torch.cat([torch.linalg.svdvals(_core(matrix)) ** 2 for matrix in matrices]).numpy()
     return values / values.sum(-1, keepdims=True)
 
 
-def _core(matrix: FactoredMatrix) -> Floats:
+def _core(matrix: FactoredMatrix) -> torch.Tensor:
     """[head, d_head, d_head] with the same singular values as the factored [head, d_model, d_model]."""
     left, right = torch.linalg.qr(matrix.A).R, torch.linalg.qr(matrix.B.transpose(-2, -1)).R
-    return (left @ right.transpose(-2, -1)).numpy()
+    return left @ right.transpose(-2, -1)
 
 
-def _random_scores(writing: Floats, reading: Floats, width: int, seed: int) -> Floats:
+def _corners(width: int, size: int, seed: int) -> Floats:
+    """Squared entries of the corner of random rotations of `width` dimensions, [rotation, size, size]."""
+    rng = np.random.default_rng([seed, width])
+    draws = (torch.from_numpy(rng.standard_normal((width, size))) for _ in range(ROTATIONS))
+    return np.stack([torch.linalg.qr(draw).Q[:size].numpy() ** 2 for draw in draws])
+
+
+def _random_scores(writing: Floats, reading: Floats, corners: Floats) -> Floats:
     """Composition scores of matrices with these spectra and a random rotation between them, [rotation, sender, reader].
 
     ||A R B||^2 = sum_ij a_i^2 Z_ij^2 b_j^2, with a and b the singular values and Z a block of the rotation R in their
-    bases, which is distributed as the corner of a random rotation of `width` dimensions whatever the bases are.
+    bases, which is distributed as a corner of R whatever the bases are.
     """
-    rng = np.random.default_rng([seed, width])
-    found = []
-    for _ in range(ROTATIONS):
-        columns, _ = np.linalg.qr(rng.standard_normal((width, reading.shape[1])))
-        found.append(np.sqrt(writing @ columns[: writing.shape[1]] ** 2 @ reading.T))
-    return np.stack(found)
+    return np.sqrt(writing @ corners @ reading.T)

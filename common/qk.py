@@ -118,7 +118,7 @@ def interact(model: Model, tokens: Ints, layer: int) -> Interaction:
     products = rules.scale * dot_products(q, k)
     scores = rules.scores(products)
     pattern = rules.pattern(scores)
-    allowed = _allowed(q, k, rules.scale, model.bridge.cfg.dtype)
+    allowed = _allowed(q, k, rules.scale, precision(model))
     check = _checked(model, layer, (scores, pattern), seen, rules.visible, allowed)
     return Interaction(layer, q, k, products, scores, pattern, rules, check)
 
@@ -147,6 +147,11 @@ def attention_of(model: Model, layer: int) -> Any:
     if layer not in having:
         raise UserError(f"layer {layer} of {model.name} has no attention; those that have: {having or 'none'}")
     return model.bridge.blocks[layer].attn
+
+
+def precision(model: Model) -> torch.dtype:
+    """What the model computes in."""
+    return next(model.bridge.original_model.parameters()).dtype
 
 
 def dot_products(q: Floats, k: Floats) -> Floats:
@@ -494,7 +499,7 @@ def _head_outputs(model: Model, seen: dict[str, Floats], layer: int) -> tuple[Fl
 
 def _sum_error(model: Model) -> float:
     """The relative error that a sum of parts may have, by the precision that the model computes in."""
-    return SUM_ERROR if model.bridge.cfg.dtype in (torch.float32, torch.float64) else SUM_ERROR_16_BIT
+    return SUM_ERROR if precision(model) in (torch.float32, torch.float64) else SUM_ERROR_16_BIT
 
 
 # --- a score as a sum ---
@@ -587,7 +592,7 @@ def decompose(
     summed = rules.scale * split.q[:, query].sum(0)
     wrong = np.abs([(summed * split.k[:, key].sum(0)).sum(-1) - products[query, key],
                     (summed * against.sum(0)).sum(-1) - lead])  # fmt: skip
-    error = float(wrong.max() / np.abs(products[rules.visible[0]]).max())
+    error = float(wrong.max() / max(np.abs(products[rules.visible[0]]).max(), np.finfo(float).tiny))
     allowed = _sum_error(model)
     if not error <= allowed:
         raise UserError(

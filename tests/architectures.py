@@ -90,3 +90,36 @@ def save(architecture: str, folder: Path, tokenizer: Any, *, seed: int = 0) -> P
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_induction(folder: Path, tokenizer: Any, sender: int, receiver: int, *, seed: int = 0) -> Path:
+    """Save a GPT-2 of 2 layers × 2 heads whose weights are set by hand, and the tokenizer; returns the folder.
+
+    The residual stream has three rooms: the token, the position, and what head 0.`sender` copies there of the token
+    before. Head 1.`receiver` matches its own token with that room: it is an induction head. All else is 0.
+    """
+    room, d_head = 128, 160  # two heads of 160 make a residual stream of 320: two rooms of 128 and one of 64
+    token, position, copied = slice(0, room), slice(room, room + CONTEXT), slice(room + CONTEXT, 2 * d_head)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=CONTEXT, n_embd=2 * d_head, n_inner=4, n_layer=2, n_head=2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    first, second = (block.attn for block in model.transformer.h)
+    embeddings = torch.randn(len(tokenizer), room, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.fill_(1.0 if ".ln_" in key and key.endswith("weight") else 0.0)
+        model.transformer.wte.weight[:, token] = embeddings / embeddings.norm(dim=-1, keepdim=True)
+        model.transformer.wpe.weight[:, position] = torch.eye(CONTEXT)
+        query, key, value = (slice(2 * d_head * part + sender * d_head, None) for part in range(3))
+        first.c_attn.weight[position, query][:, :CONTEXT] = torch.eye(CONTEXT)
+        first.c_attn.weight[position, key][:, :CONTEXT] = torch.eye(CONTEXT).roll(1, dims=1)
+        first.c_attn.weight[token, value][:, :room] = 0.08 * torch.eye(room)  # what the norm has blown up, undone
+        first.c_proj.weight[sender * d_head : sender * d_head + room, copied] = torch.eye(room)
+        query, key = (slice(2 * d_head * part + receiver * d_head, None) for part in range(2))
+        second.c_attn.weight[token, query][:, :room] = 2.0 * torch.eye(room)
+        second.c_attn.weight[copied, key][:, :room] = torch.eye(room)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
