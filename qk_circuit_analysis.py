@@ -153,7 +153,7 @@ def look(
     induction = TokenBatch.of([tokens], pad=model.bos).cells["prefix_matching"]
     cells = sorted(zip(induction.query.tolist(), induction.key.tolist(), strict=True))
     met = qk.interact(model, tokens[None], chosen.layer)
-    split = {head: decompose(model, tokens, met, head, cells) for head in chosen.heads}
+    split = decompose(model, tokens, met, chosen.heads, cells)
     if args.export:
         qk.export(met, tokens, folder / f"qk_{number:02d}.safetensors")
     maps = []
@@ -177,16 +177,16 @@ def look(
 
 
 def decompose(
-    model: Model, tokens: Ints, met: Interaction, head: int, cells: list[tuple[int, int]]
-) -> Decomposition | str:
-    """What the mean score of the cells is made of, or why that cannot be said."""
+    model: Model, tokens: Ints, met: Interaction, heads: list[int], cells: list[tuple[int, int]]
+) -> dict[int, Decomposition | str]:
+    """What the mean score of the cells is made of, head by head, or why that cannot be said."""
     from common import qk
 
     try:
-        return qk.decompose(model, tokens, met, head, cells)
+        return {**qk.decompose(model, tokens, met, heads, cells)}
     except UserError as error:
         report.say(f"warning: {error}")
-        return str(error)
+        return {head: str(error) for head in heads}
 
 
 def draw(folder: Path, figures: Iterable[tuple[str, Figure]], number: str = "") -> list[str]:

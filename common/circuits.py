@@ -178,7 +178,7 @@ def head_circuits(
         by_distance={distance: token_circuit(sides, embedded, rules, distance) for distance in far},
         sender=sender,
         composed=composed_circuit(model, head, sender, different, rules, far[0]) if sender else None,
-        position=position_circuit(parts(model, tokens, head, rules), rules),
+        position=position_circuit(parts(model, tokens, head[0], [head[1]], rules)[head[1]], rules),
         directions=singular_directions(sides, embedded, rules.scale, DIRECTIONS),
     )
 

@@ -116,7 +116,9 @@ def read_patterns(model: Model, tokens: NDArray[np.int64], read: Callable[[int, 
         return lambda pattern, hook: read(layer, pattern)
 
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.n_layers)]
-    watch(model, tokens, [(name, hook(layer)) for layer, name in enumerate(names)], until=names[-1])
+    shown = {layer: name for layer, name in enumerate(names) if name in model.bridge.hook_dict}
+    if shown:
+        watch(model, tokens, [(name, hook(layer)) for layer, name in shown.items()], until=shown[max(shown)])
 
 
 def watch(

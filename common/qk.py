@@ -521,8 +521,8 @@ class Decomposition:
     `cells` are (query, key), `kind` says which: induction cells, or those with most attention.
     `raw`: [source, source], sums to `score`, the mean over the cells of scale · q·k (before soft-cap and position
     bias). `terms`: the same for `lead`, the mean over the cells of the score minus the mean score of the other keys
-    that the query sees, BOS left out: what is the same for every key drops out of it. `error` is the largest error of
-    both sums over the cells, relative to the head's largest score on the row.
+    that the query sees, BOS and the query's other cells left out: what is the same for every key drops out of it.
+    `error` is the largest error of both sums over the cells, relative to the head's largest score on the row.
     """
 
     sources: tuple[str, ...]
@@ -553,35 +553,52 @@ class Decomposition:
         }
 
 
-def parts(model: Model, tokens: Ints, head: tuple[int, int], rules: Rules) -> Parts:
-    """q and k of `head` (layer, head) on one row of ids [pos], by source."""
-    layer = head[0]
-    sides = readers(model, *head)
-    norm = sides[0].before or UNCHANGED
-    names, stream, read = [], np.zeros(()), ([], [])  # type: tuple[list[str], Floats, tuple[list[Floats], list[Floats]]]
+def parts(model: Model, tokens: Ints, layer: int, heads: Sequence[int], rules: Rules) -> dict[int, Parts]:
+    """q and k of each of the `heads` of `layer` on one row of ids [pos], by source."""
+    sides = {head: readers(model, layer, head) for head in heads}
+    norm = norm_before(model, layer) or UNCHANGED
+    names: list[str] = []
+    read: dict[tuple[int, int], list[Floats]] = {(head, side): [] for head in heads for side in (0, 1)}
+    stream = np.zeros(())
     for source, output in written(model, tokens, layer):
         names.append(source)
         stream = stream + output
-        for side, into in zip(sides, read, strict=True):
-            into.append(norm.linear(output) @ side.weight)
-    q, k = (side.read_parts(stream, np.stack(into)) for side, into in zip(sides, read, strict=True))
+        through = norm.linear(output)
+        for (head, side), into in read.items():
+            into.append(through @ sides[head][side].weight)
+    made = {which: sides[which[0]][which[1]].read_parts(stream, np.stack(into)) for which, into in read.items()}
     if rules.rotation is not None:
-        q, k = rotate(q, *rules.rotation), rotate(k, *rules.rotation)
-    return Parts(tuple(names), q, k)
+        made = {which: rotate(part, *rules.rotation) for which, part in made.items()}
+    return {head: Parts(tuple(names), made[head, 0], made[head, 1]) for head in heads}
 
 
 def decompose(
-    model: Model, tokens: Ints, interaction: Interaction, head: int, cells: Sequence[tuple[int, int]]
-) -> Decomposition:
-    """The mean score of `cells` (query, key) of `head` on one row of ids [pos], by query source × key source.
+    model: Model, tokens: Ints, interaction: Interaction, heads: Sequence[int], cells: Sequence[tuple[int, int]]
+) -> dict[int, Decomposition]:
+    """The mean score of `cells` (query, key) of each of `heads` on one row of ids [pos], by query source × key source.
 
-    Without cells those `FALLBACK_CELLS` with most attention are taken.
+    Without cells those `FALLBACK_CELLS` with most attention are taken, head by head.
     Raises UserError where the terms do not sum to the model's own score within 1e-4 relative (float32; 5e-2 in 16
     bits): then q and k are no linear function of the residual stream that we know of.
     """
-    kind = "induction cells" if cells else "cells with most attention"
-    cells = cells or largest_cells(interaction.pattern[0, head], FALLBACK_CELLS)
-    split = parts(model, tokens, (interaction.layer, head), interaction.rules)
+    split = parts(model, tokens, interaction.layer, heads, interaction.rules)
+    found = {}
+    for head in heads:
+        chosen = cells or largest_cells(interaction.pattern[0, head], FALLBACK_CELLS)
+        kind = "induction cells" if cells else "cells with most attention"
+        found[head] = _decomposition(split[head], interaction, head, chosen, kind)
+        if not found[head].error <= _sum_error(model):
+            raise UserError(
+                f"the parts of head {name(interaction.layer, head)} of {model.name} do not add up to its score (off by "
+                f"{found[head].error:.2g} of its largest score, allowed {_sum_error(model):.2g}): no decomposition of "
+                "it is shown"
+            )
+    return found
+
+
+def _decomposition(
+    split: Parts, interaction: Interaction, head: int, cells: Sequence[tuple[int, int]], kind: str
+) -> Decomposition:
     rules, products = interaction.rules, interaction.products[0, head]
     query, key = (np.array(places, dtype=np.int64) for places in zip(*cells, strict=True))
     others = _other_keys(rules.visible[0], query, key)
@@ -590,15 +607,8 @@ def decompose(
     raw = rules.scale * _mean_products(split.q[:, query], split.k[:, key])
     terms = rules.scale * _mean_products(split.q[:, query], against)
     summed = rules.scale * split.q[:, query].sum(0)
-    wrong = np.abs([(summed * split.k[:, key].sum(0)).sum(-1) - products[query, key],
-                    (summed * against.sum(0)).sum(-1) - lead])  # fmt: skip
-    error = float(wrong.max() / max(np.abs(products[rules.visible[0]]).max(), np.finfo(float).tiny))
-    allowed = _sum_error(model)
-    if not error <= allowed:
-        raise UserError(
-            f"the parts of head {name(interaction.layer, head)} of {model.name} do not add up to its score (off by "
-            f"{error:.2g} of its largest score, allowed {allowed:.2g}): its decomposition is not shown"
-        )
+    off = (summed * split.k[:, key].sum(0)).sum(-1) - products[query, key], (summed * against.sum(0)).sum(-1) - lead
+    error = float(np.abs(off).max() / max(np.abs(products[rules.visible[0]]).max(), np.finfo(float).tiny))
     where = tuple((int(a), int(b)) for a, b in cells)
     return Decomposition(
         split.sources, where, kind, raw, terms, float(products[query, key].mean()), float(lead.mean()), error
@@ -606,11 +616,11 @@ def decompose(
 
 
 def _other_keys(visible: Bools, query: Ints, key: Ints) -> Floats:
-    """[cells, pos]: weights that average over the keys that each query sees besides `key` and BOS; 0 if none."""
-    others = visible[query].astype(float)
-    others[:, 0] = 0.0
-    others[np.arange(len(key)), key] = 0.0
-    return others / np.maximum(others.sum(-1, keepdims=True), 1.0)
+    """[cells, pos]: weights that average over the keys a query sees besides BOS and its own cells; 0 if none."""
+    others = visible.copy()
+    others[:, 0] = False
+    others[query, key] = False
+    return others[query] / np.maximum(others[query].sum(-1, keepdims=True), 1.0)
 
 
 def _mean_products(q: Floats, k: Floats) -> Floats:
@@ -620,8 +630,8 @@ def _mean_products(q: Floats, k: Floats) -> Floats:
 
 def largest_cells(pattern: Floats, count: int) -> list[tuple[int, int]]:
     """The `count` (query, key) cells with most attention in a pattern [query, key], BOS and first query left out."""
-    candidates = np.tril(pattern).copy()
+    candidates = np.where(np.tril(np.ones_like(pattern, dtype=bool)), pattern, -1.0)
     candidates[:2], candidates[:, 0] = -1.0, -1.0
     order = np.argsort(-candidates, axis=None, kind="stable")[:count]
     cells = zip(*np.unravel_index(order, pattern.shape), strict=True)
-    return [(int(query), int(key)) for query, key in cells if candidates[query, key] > 0]
+    return [(int(query), int(key)) for query, key in cells if candidates[query, key] >= 0]

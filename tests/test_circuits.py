@@ -60,8 +60,8 @@ def test_every_different_token_comes_once_and_in_order(model_of):
 def test_the_position_circuit_is_that_part_of_the_decomposition(model_of):
     model = model_of("gpt2")
     met = qk.interact(model, TOKENS[None], 1)
-    found = circuits.position_circuit(qk.parts(model, TOKENS, (1, 2), met.rules), met.rules)
-    split = qk.decompose(model, TOKENS, met, 2, [(7, 3), (9, 2)])
+    found = circuits.position_circuit(qk.parts(model, TOKENS, 1, [2], met.rules)[2], met.rules)
+    split = qk.decompose(model, TOKENS, met, [2], [(7, 3), (9, 2)])[2]
     at = split.sources.index("pos_embed")
     assert split.raw[at, at] == pytest.approx((found[7, 3] + found[9, 2]) / 2)
 

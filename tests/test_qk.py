@@ -18,6 +18,11 @@ from common.sequences import TokenBatch
 from tests import architectures
 from tests.architectures import HEADS, LAYERS, WINDOW
 
+
+def decompose(model: models.Model, tokens: np.ndarray, met: qk.Interaction, head: int, cells: list) -> qk.Decomposition:
+    return qk.decompose(model, tokens, met, [head], cells)[head]
+
+
 EVERY = sorted(architectures.CONFIGS)
 TOKENS = np.array([[0, 5, 9, 700, 41, 5, 9, 700, 33, 41, 1900, 5, 9], [0, 8, 8, 3, 77, 1200, 8, 3, 8, 77, 6, 1200, 2]])
 
@@ -180,7 +185,7 @@ def test_a_layer_without_attention_is_named(model_of, monkeypatch):
 def test_no_hook_is_left_behind(model_of):
     model = model_of("neox")
     qk.interact(model, TOKENS, 1)
-    qk.parts(model, TOKENS[0], (2, 1), qk.interact(model, TOKENS[:1], 2).rules)
+    qk.parts(model, TOKENS[0], 2, [1], qk.interact(model, TOKENS[:1], 2).rules)
     assert not any(point.fwd_hooks for point in model.bridge.hook_dict.values())
     assert not model.bridge.blocks[1].attn._forward_pre_hooks
 
@@ -228,7 +233,7 @@ def test_scores_are_the_sum_of_their_parts(name, model_of):
     for layer in range(LAYERS):
         met = qk.interact(model_of(name), TOKENS[:1], layer)
         for head in range(HEADS):
-            found = qk.decompose(model_of(name), TOKENS[0], met, head, cells)
+            found = decompose(model_of(name), TOKENS[0], met, head, cells)
             assert found.error < 1e-5
             expected = np.mean([met.products[0, head, query, key] for query, key in cells])
             assert found.raw.sum() == pytest.approx(expected, abs=1e-5)
@@ -283,14 +288,14 @@ def test_terms_are_what_the_definition_says(folders, model_of):
             centred = (wrote - wrote.mean(-1, keepdims=True)) / scale
             parts[side][source] = (centred * weights["ln_1.weight"]) @ matrix
         parts[side]["bias"] = parts[side]["bias"] + weights["ln_1.bias"] @ matrix + bias
-    cells = [(12, 2), (7, 5)]
+    cells = [(12, 2), (7, 5), (12, 6)]
     met = qk.interact(model, TOKENS[:1], layer)
-    ours = qk.decompose(model, TOKENS[0], met, head, cells)
+    ours = decompose(model, TOKENS[0], met, head, cells)
     for row, by in enumerate(ours.sources):
         for column, of in enumerate(ours.sources):
             raw, lead = [], []
             for query, key in cells:
-                others = [place for place in range(1, query + 1) if place != key]
+                others = [place for place in range(1, query + 1) if (query, place) not in cells]
                 product = [float(parts["q"][by][query] @ parts["k"][of][place]) / np.sqrt(8) for place in range(13)]
                 raw.append(product[key])
                 lead.append(product[key] - np.mean([product[place] for place in others]))
@@ -300,18 +305,26 @@ def test_terms_are_what_the_definition_says(folders, model_of):
 
 def test_a_window_bounds_the_keys_a_cell_is_compared_with(model_of):
     met = qk.interact(model_of("gemma2"), TOKENS[:1], 0)
-    found = qk.decompose(model_of("gemma2"), TOKENS[0], met, 1, [(12, 10)])
+    found = decompose(model_of("gemma2"), TOKENS[0], met, 1, [(12, 10)])
     products = met.products[0, 1, 12]
     assert found.lead == pytest.approx(products[10] - np.mean(products[[8, 9, 11, 12]]))
 
 
 def test_without_cells_those_with_most_attention_are_taken(model_of):
     met = qk.interact(model_of("gpt2"), TOKENS[:1], 1)
-    found = qk.decompose(model_of("gpt2"), TOKENS[0], met, 0, [])
+    found = decompose(model_of("gpt2"), TOKENS[0], met, 0, [])
     assert found.kind == "cells with most attention"
     pattern = met.pattern[0, 0]
     best = sorted(((pattern[q, k], q, k) for q in range(2, 13) for k in range(1, q + 1)), reverse=True)[:3]
     assert list(found.cells) == [(q, k) for _, q, k in best]
+
+
+def test_largest_cells_lie_in_sight_and_off_bos():
+    pattern = np.zeros((4, 4))
+    pattern[:, 0] = 1.0
+    assert qk.largest_cells(pattern, 9) == [(2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
+    pattern[3, 2], pattern[2, 3] = 0.1, 0.9
+    assert qk.largest_cells(pattern, 1) == [(3, 2)]
 
 
 @pytest.mark.parametrize("lost", ["embed", "0.1", "mlp0"])
@@ -320,7 +333,7 @@ def test_parts_that_do_not_add_up_are_refused(lost, model_of, monkeypatch):
     written = qk.written
     monkeypatch.setattr(qk, "written", lambda *args: (pair for pair in written(*args) if pair[0] != lost))
     with pytest.raises(UserError, match=r"parts of head 1\.0 of random-llama do not add up"):
-        qk.decompose(model_of("llama"), TOKENS[0], met, 0, [(12, 2)])
+        decompose(model_of("llama"), TOKENS[0], met, 0, [(12, 2)])
 
 
 def test_heads_that_do_not_add_up_are_refused(model_of, monkeypatch):
@@ -346,9 +359,9 @@ def test_mlp0_of_a_token_is_its_mean_over_contexts(model_of):
 
 def test_16_bit_sums_hold_at_their_own_tolerance(mini):
     model = models.load("mini", dtype="bfloat16")
-    found = qk.decompose(model, TOKENS[0], qk.interact(model, TOKENS[:1], 1), 0, [(6, 3)])
+    found = decompose(model, TOKENS[0], qk.interact(model, TOKENS[:1], 1), 0, [(6, 3)])
     assert 1e-6 < found.error < qk.SUM_ERROR_16_BIT
-    exact = qk.decompose(mini, TOKENS[0], qk.interact(mini, TOKENS[:1], 1), 0, [(6, 3)])
+    exact = decompose(mini, TOKENS[0], qk.interact(mini, TOKENS[:1], 1), 0, [(6, 3)])
     assert exact.error < 1e-5
 
 
@@ -362,11 +375,11 @@ def test_a_hand_set_induction_head_reads_embed_times_previous_token_head(seed, t
     cells = list(zip(induction.query.tolist(), induction.key.tolist(), strict=True))
     met = qk.interact(model, tokens[None], 1)
     assert np.mean([met.pattern[0, receiver, query, key] for query, key in cells]) > 0.8
-    for chosen in [cells, *([cell] for cell in cells)]:
-        found = qk.decompose(model, tokens, met, receiver, chosen)
+    for chosen in (cells, cells[:1], cells[-1:]):
+        found = decompose(model, tokens, met, receiver, chosen)
         assert found.top(1)[0][:2] == ("embed", f"0.{sender}")
         assert found.top(1)[0][2] > 0.8 * found.lead
-    other = qk.decompose(model, tokens, met, 1 - receiver, cells)
+    other = decompose(model, tokens, met, 1 - receiver, cells)
     assert abs(other.top(1)[0][2]) < 0.1 * found.lead
 
 
@@ -381,5 +394,5 @@ def test_the_induction_heads_of_mini_read_the_previous_token_head(mini):
     tokens = mini.encode("the quick brown fox jumps the quick brown fox jumps")
     induction = TokenBatch.of([tokens], pad=mini.bos).cells["prefix_matching"]
     cells = list(zip(induction.query.tolist(), induction.key.tolist(), strict=True))
-    found = qk.decompose(mini, tokens, qk.interact(mini, tokens[None], layer), head, cells)
+    found = decompose(mini, tokens, qk.interact(mini, tokens[None], layer), head, cells)
     assert found.top(1)[0][:2] == ("embed", f"{previous[0]}.{previous[1]}")
