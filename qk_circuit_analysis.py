@@ -97,7 +97,7 @@ def analyse_layer(args: argparse.Namespace) -> None:
         looked = [look(folder, model, chosen, args, n, *text) for n, text in enumerate(encoded, start=1)]
         decomposed = [record for entry in looked for record in entry.pop("decomposed")]
         richest = max(looked, key=lambda entry: len(entry["cells"]))["number"]  # the text with most induction cells
-        weights = weigh(folder, model, chosen, previous_token, args, encoded[richest - 1][1])
+        weights = weigh(folder, model, chosen, previous_token, args, *encoded[richest - 1])
         terms = [{"text": one["text"], "head": one["head"], **term} for one in decomposed for term in one["terms"]]
         if terms:
             report.write_csv(folder / "terms.csv", terms)
@@ -201,7 +201,13 @@ def draw(folder: Path, figures: Iterable[tuple[str, Figure]], number: str = "") 
 
 
 def weigh(
-    folder: Path, model: Model, chosen: Chosen, previous_token: Floats, args: argparse.Namespace, tokens: Ints
+    folder: Path,
+    model: Model,
+    chosen: Chosen,
+    previous_token: Floats,
+    args: argparse.Namespace,
+    text: str,
+    tokens: Ints,
 ) -> dict[str, Any]:
     """What the weights say: which earlier heads the layer reads, and what its first chosen head makes of a text."""
     from common import circuits
@@ -214,7 +220,8 @@ def weigh(
     if not args.no_plots:
         from common import qk_plots
 
-        draw(folder, qk_plots.weight_figures(model.name, (at, head), found, composition, pair, strings, len(tokens)))
+        title = f"{model.name}, tokens of: {cli.shortened(text)}"
+        draw(folder, qk_plots.weight_figures(found, composition, pair, strings, len(tokens), title))
     return {
         "composition": composition.record(pair) if composition and pair else None,
         "directions": [direction.record(strings, TERMS) for direction in found.directions],

@@ -149,11 +149,12 @@ def singular_directions(sides: tuple[Reader, Reader], embedded: Floats, scale: f
 class HeadCircuits:
     """What the weights of one head say about the tokens of one text.
 
-    `tokens`: the different ids of the text, in order; `by_distance`: distance -> token × token scores, for distance 0
-    alone on models without rotation; `composed`: the same through what the head `sender` writes; `position`:
-    position × position, where positions are added; `directions`: the strongest singular directions.
+    `head`: (layer, head); `tokens`: the different ids of the text, in order; `by_distance`: distance -> token × token
+    scores, for distance 0 alone on models without rotation; `composed`: the same through what the head `sender`
+    writes; `position`: position × position, where positions are added; `directions`: the strongest singular ones.
     """
 
+    head: tuple[int, int]
     tokens: Ints
     by_distance: dict[int, Floats]
     sender: tuple[int, int] | None
@@ -174,6 +175,7 @@ def head_circuits(
     sides, embedded = readers(model, *head), read_embeddings(model, different, head[0])
     far = [distance for distance in distances if distance < len(tokens)] if rules.rotation else [0]
     return HeadCircuits(
+        head=head,
         tokens=different,
         by_distance={distance: token_circuit(sides, embedded, rules, distance) for distance in far},
         sender=sender,

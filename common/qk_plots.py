@@ -238,6 +238,12 @@ def circuit_figure(found: HeadCircuits, labels: Sequence[str], positions: int, t
     for axes, which in zip(lower.subplots(1, 2), ("query", "key"), strict=True):
         _directions(axes, found.directions, labels, which)
     figure.suptitle(title, fontsize=11)
+    figure.supxlabel(
+        "Scores that the weights give two tokens by themselves, wherever they stand. What an earlier head writes of a "
+        "token stands\none place on if that head attends to the previous token: a dark diagonal then means that a token looks "
+        "for the place behind its own copy.",
+        fontsize=8,
+    )
     return figure
 
 
@@ -262,7 +268,7 @@ def _circuit_panels(
 def _directions(axes: Axes, directions: Sequence[Direction], labels: Sequence[str], which: str) -> None:
     along = np.stack([getattr(direction, which) for direction in directions])
     limit = limit_of(along[:, 1:])  # BOS comes first
-    signed(axes, along, limit=limit, label="along it", beyond=bool((np.abs(along) > limit).any()))
+    signed(axes, along, limit=limit, label="strength along it", beyond=bool((np.abs(along) > limit).any()))
     rows = [f"direction {number} ({one.share:.0%})" for number, one in enumerate(directions, start=1)]
     label_tokens(axes, rows, labels)
     axes.set_aspect("auto")
@@ -296,12 +302,15 @@ def text_figures(
 
 
 def weight_figures(
-    model: str, head: tuple[int, int], circuits: HeadCircuits, composition: Composition | None, pair: Pair | None,
-    tokens: Sequence[str], positions: int,
+    circuits: HeadCircuits, composition: Composition | None, pair: Pair | None, tokens: Sequence[str], positions: int,
+    title: str,
 ) -> Iterator[tuple[str, Figure]]:  # fmt: skip
-    """The pictures of weights, each with the stem of its file's name: circuits of a head, composition of its layer."""
-    title = f"{model}, weights of head {name(*head)} on the tokens of a text"
-    yield f"circuits_{name(*head)}", circuit_figure(circuits, tokens, positions, title)
+    """The pictures of weights, each with the stem of its file's name: circuits of a head, composition of its layer.
+
+    `tokens` are those of `circuits`, `positions` how many the text has; `title` names model and text.
+    """
+    head = name(*circuits.head)
+    yield f"circuits_{head}", circuit_figure(circuits, tokens, positions, f"Weights of head {head}: {title}")
     if composition and pair:
-        title = f"{model}: what the heads of layer {head[0]} read of what earlier heads write"
-        yield "composition", composition_figure(composition, pair, title)
+        read = f"What the heads of layer {composition.layer} read of what earlier heads write: {title.split(',')[0]}"
+        yield "composition", composition_figure(composition, pair, read)

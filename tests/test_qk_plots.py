@@ -137,7 +137,7 @@ def test_of_many_earlier_heads_those_that_compose_most_are_shown():
 
 def circuits(by_distance: dict[int, np.ndarray], position: np.ndarray | None) -> HeadCircuits:
     directions = [Direction(0.5, np.arange(3.0), np.arange(3.0))] * 2
-    return HeadCircuits(np.arange(3), by_distance, (0, 1), np.eye(3), position, directions)
+    return HeadCircuits((1, 0), np.arange(3), by_distance, (0, 1), np.eye(3), position, directions)
 
 
 def test_circuits_have_a_panel_each_and_name_the_distance():
@@ -148,6 +148,14 @@ def test_circuits_have_a_panel_each_and_name_the_distance():
     titles = [axes.get_title() for axes in rotary.axes if axes.get_title()]
     assert titles[:3] == ["token × token, 1 apart", "token × token, 4 apart", "token × what 0.1 writes of a token"]
     assert [label.get_text() for label in rotary.axes[0].get_xticklabels()] == ["BOS", "a", "b"]
+
+
+def test_weights_give_circuits_and_where_there_are_earlier_heads_composition():
+    found, labels = circuits({0: np.eye(3)}, None), ["BOS", "a", "b"]
+    both = dict(qk_plots.weight_figures(found, composition(), ((0, 1), 0), labels, 6, "mini, tokens of: a b"))
+    assert list(both) == ["circuits_1.0", "composition"]
+    assert "head 1.0: mini" in both["circuits_1.0"].get_suptitle() and "mini" in both["composition"].get_suptitle()
+    assert list(dict(qk_plots.weight_figures(found, None, None, labels, 6, "mini"))) == ["circuits_1.0"]
 
 
 def test_a_text_gives_its_grids_and_a_refused_head_no_decomposition():
