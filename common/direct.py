@@ -46,9 +46,10 @@ def direct_effect(
     batch_size: int = 8,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> DirectEffect:
-    """The direct effect of each head's prefix-matching cells at the reads. `advance` is told of rows.
+    """The direct effect of each head's prefix-matching cells at the reads. `advance` is told of finished rows.
 
-    Costs an unembedding per read and head; `direct_logit_effect` gives the logits alone for a fraction of that. Raises
+    Costs an unembedding per read and head; `direct_logit_effect` gives the logits alone for a fraction of that, enough
+    to choose the heads worth it. Raises
     UserError for a model whose logits are not an unembedding of its normed residual stream, or whose heads' outputs do
     not reach that stream as they are.
     """
@@ -103,9 +104,8 @@ def _centred_logit(model: Model, stream: torch.Tensor, token: torch.Tensor) -> t
     weights, bias = model.bridge.W_U, model.bridge.b_U  # [d_model, d_vocab], [d_vocab]
     with torch.no_grad():
         direction = weights[:, token] - weights.mean(-1, keepdim=True)
-        return (
-            torch.einsum("nhm,mn->nh", model.bridge.ln_final(stream), direction) + (bias[token] - bias.mean())[:, None]
-        )
+        projected = torch.einsum("nhm,mn->nh", model.bridge.ln_final(stream), direction)
+        return projected + (bias[token] - bias.mean())[:, None]
 
 
 def _row_means(reads: Reads, values: Floats, rows: int) -> Floats:
@@ -135,22 +135,32 @@ def _parts(
     batch_size: int,
     advance: Callable[[int], None],
 ) -> Iterator[_Part]:
-    last = (model.n_layers - 1, "resid_post")
-    points = {(layer, point) for layer, _ in heads for point in ("pattern", "v", "z", "o", "attn_out")}
+    """The groups of rows that have a read, one after another."""
     _check_readout(model, batch.tokens[:1])
     for start in range(0, len(batch.tokens), batch_size):
         rows = batch.rows(start, start + batch_size)
         which = np.flatnonzero((reads.row >= start) & (reads.row < start + batch_size))
+        if len(which):
+            places = reads.row[which] - start, reads.position[which]
+            yield _part(Recordings(model, rows.tokens, batch_size=batch_size), rows, reads, which, places, heads)
         advance(len(rows.tokens))
-        if not len(which):
-            continue
-        places = reads.row[which] - start, reads.position[which]
-        clean = Recordings(model, rows.tokens, batch_size=batch_size)
-        clean.fetch(points | {last})
-        moves = [_move(clean, head, rows.cells["prefix_matching"], places) for head in heads]
-        stream = clean.get(*last)[places]
-        token = torch.from_numpy(reads.token[which]).to(stream.device)
-        yield _Part(which, stream, token, torch.stack(moves, 1))
+
+
+def _part(
+    clean: Recordings,
+    rows: TokenBatch,
+    reads: Reads,
+    which: Ints,
+    places: tuple[Ints, Ints],
+    heads: Sequence[Head],
+) -> _Part:
+    last = (clean.model.n_layers - 1, "resid_post")
+    points = {(layer, point) for layer, _ in heads for point in ("pattern", "v", "z", "o", "attn_out")}
+    clean.fetch(points | {last})
+    moves = [_move(clean, head, rows.cells["prefix_matching"], places) for head in heads]
+    stream = clean.get(*last)[places]
+    token = torch.from_numpy(reads.token[which]).to(stream.device)
+    return _Part(which, stream, token, torch.stack(moves, 1))
 
 
 def _move(clean: Recordings, head: Head, cells: Cells, places: tuple[Ints, Ints]) -> torch.Tensor:
