@@ -168,6 +168,6 @@ def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, pr
             traceback.print_exc()
         sys.stderr.write(f"{program}: {' '.join(str(error).split())}\n")
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{program}: stopped; nothing was written\n")
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"{program}: stopped; {stop or 'nothing was written'}\n")
         return INTERRUPTED

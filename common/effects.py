@@ -25,25 +25,13 @@ from common.detection import name as head_name
 from common.edits import Head, Intervention, applied, record, run_forward
 from common.interventions import forbid
 from common.models import Model
-from common.sequences import Floats, Ints, TokenBatch
-
-RESAMPLES = 2000
-
-
-def repeats(batch: TokenBatch) -> NDArray[np.bool_]:
-    """Which tokens, [rows, pos], are what followed an earlier copy of the token before them."""
-    cells = batch.cells["prefix_matching"]
-    inside = cells.query + 1 < batch.lengths[cells.row]
-    row, query, key = cells.row[inside], cells.query[inside], cells.key[inside]
-    same = batch.tokens[row, query + 1] == batch.tokens[row, key]
-    mask = np.zeros(batch.tokens.shape, dtype=bool)
-    mask[row[same], query[same] + 1] = True
-    return mask
+from common.sequences import Floats, Ints, TokenBatch, continuing
+from common.statistics import interval_over_rows
 
 
 def fresh(batch: TokenBatch) -> NDArray[np.bool_]:
     """Which tokens, [rows, pos], stand after BOS and before the row's first repeat."""
-    repeated = repeats(batch)
+    repeated = continuing(batch)
     first = np.where(repeated.any(1), repeated.argmax(1), batch.lengths)
     position = np.arange(batch.tokens.shape[1])
     return (position > 0) & (position < first[:, None])
@@ -65,7 +53,7 @@ class RowMetrics:
     """
 
     def __init__(self, model: Model, batch: TokenBatch, *, batch_size: int = 8):
-        repeated = repeats(batch)
+        repeated = continuing(batch)
         self.bench = Bench(model, batch.tokens, Reads.of(batch.tokens, repeated | fresh(batch)), batch_size=batch_size)
         reads = self.bench.reads
         self._repeated = repeated[reads.row, reads.position + 1]
@@ -160,14 +148,13 @@ def row_means(values: Floats, mask: NDArray[np.bool_]) -> Floats:
         return np.where(mask, values, 0.0).sum(1) / mask.sum(1)
 
 
-def interval(values: Floats, *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float, float]:
-    """Mean over rows and its 95 % bootstrap interval (percentiles of means of rows drawn with replacement; Efron 1979):
-    (estimate, low, high). Rows that are NaN are left out; NaN throughout where none is left."""
+def interval(values: Floats, *, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of [rows] values and its 95 % bootstrap interval: (estimate, low, high). Rows that are NaN are left out; NaN
+    throughout where none is left."""
     values = values[~np.isnan(values)]
     if not len(values):
         return float("nan"), float("nan"), float("nan")
-    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    low, high = interval_over_rows(values, seed)
     return float(values.mean()), float(low), float(high)
 
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from benchmarks import interventions as benchmark
-from common import effects, interventions
+from common import interventions
 from common.bench import Bench, Reads, greedy, logit_difference, sweep
 from common.edits import applied
 from common.errors import UserError
-from common.sequences import TokenBatch
+from common.sequences import TokenBatch, continuing
 from tests.oracle import ARCHITECTURES, assert_no_hooks, bridge_logits, every_kind
 
 
 def reads_of(batch) -> Reads:
-    return Reads.of(batch.tokens, effects.repeats(batch))
+    return Reads.of(batch.tokens, continuing(batch))
 
 
 def bench_of(model, drawn) -> Bench:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from common import detection, effects, interventions, report, scores
 from common.bench import Bench, Reads
 from common.edits import Recordings, applied
-from common.sequences import TokenBatch, battery
+from common.sequences import TokenBatch, battery, continuing
 from tests.oracle import Oracle, assert_no_hooks, bridge_logits
 
 
@@ -22,7 +22,7 @@ def test_repeats_are_the_tokens_an_earlier_copy_predicts():
     rows = [np.array([0, 5, 6, 7, 5, 6, 8]), np.array([0, 4, 4, 4, 3])]
     batch = TokenBatch.of(rows, pad=0)
     # Row 0: 6 follows 5 again; 8 does not follow 6. Row 1: the third 4 has a target, a 4, but a 3 comes next.
-    assert np.argwhere(effects.repeats(batch)).tolist() == [[0, 5]]
+    assert np.argwhere(continuing(batch)).tolist() == [[0, 5]]
     fresh = [(0, position) for position in range(1, 5)] + [(1, position) for position in range(1, 5)]
     assert [tuple(place) for place in np.argwhere(effects.fresh(batch))] == fresh
 
@@ -30,7 +30,7 @@ def test_repeats_are_the_tokens_an_earlier_copy_predicts():
 def test_padding_is_neither_fresh_nor_a_repeat():
     rows = [np.array([9, 5, 6, 5]), np.array([9, 1, 2, 3, 4, 5, 6, 7])]
     batch = TokenBatch.of(rows, pad=6)  # the pad is the token that would continue the repeat
-    assert not effects.repeats(batch).any()
+    assert not continuing(batch).any()
     assert effects.fresh(batch).sum(1).tolist() == [3, 7]
 
 
@@ -55,7 +55,7 @@ def test_the_interval_holds_the_true_mean_about_95_times_in_100():
     rng = np.random.default_rng(0)
     held = 0
     for trial in range(200):
-        _, low, high = effects.interval(rng.normal(1.0, 2.0, size=40), seed=trial, resamples=300)
+        _, low, high = effects.interval(rng.normal(1.0, 2.0, size=40), seed=trial)
         held += low <= 1.0 <= high
     assert 180 <= held <= 198
 
@@ -76,7 +76,7 @@ def test_row_metrics_by_hand(random_gpt2, drawn):
     with applied(random_gpt2, ablation):
         changed = bridge_logits(random_gpt2, batch.tokens).double()
     clean = bridge_logits(random_gpt2, batch.tokens).double()
-    repeated, fresh = effects.repeats(batch), effects.fresh(batch)
+    repeated, fresh = continuing(batch), effects.fresh(batch)
     for row in range(3):
         at = {"repeats": np.flatnonzero(repeated[row]), "fresh": np.flatnonzero(fresh[row])}
         assert len(at["repeats"]) == 0 if row == 2 else len(at["repeats"]) > 0
@@ -110,13 +110,13 @@ def test_a_heads_own_prefix_matching_is_the_score_of_it(random_gpt2, drawn, inte
 
 def test_needed_is_the_rise_of_the_loss_when_a_heads_cells_are_forbidden(random_gpt2, drawn):
     batch, heads = drawn.repeats, [(2, 0), (0, 1)]
-    bench = Bench(random_gpt2, batch.tokens, Reads.of(batch.tokens, effects.repeats(batch)), batch_size=2)
+    bench = Bench(random_gpt2, batch.tokens, Reads.of(batch.tokens, continuing(batch)), batch_size=2)
     found = dict(effects.needed(bench, batch, heads))
     assert list(found) == sorted(heads)
     for head in heads:
         forbidden = interventions.forbid([head], batch.cells["prefix_matching"])
         rise = effects.losses(random_gpt2, batch, forbidden) - effects.losses(random_gpt2, batch)
-        assert found[head] == pytest.approx(effects.row_means(rise, effects.repeats(batch)), abs=1e-4)
+        assert found[head] == pytest.approx(effects.row_means(rise, continuing(batch)), abs=1e-4)
         assert np.abs(found[head]).max() > 1e-3
 
 
@@ -172,8 +172,9 @@ def mini_scores(mini, mini_rows):
 @pytest.fixture(scope="module")
 def induction(mini_scores):
     """The detected heads, highest score first."""
-    repeats, controls = (measured.mean("prefix_matching") for measured in mini_scores)
-    return detection.detect(repeats, controls, mini_scores[1].std("prefix_matching")).ranked()
+    repeats, controls = (measured.sums["prefix_matching"] for measured in mini_scores)
+    found = detection.attend(repeats, controls, detection.Precision.of_rows(8))
+    return [head for head in detection.by_score(found.score) if found.attends[head]]
 
 
 def mean_ablation(model, batch):
@@ -233,8 +234,8 @@ def test_every_earlier_head_into_the_key_singles_out_the_previous_token_head(min
 
 def test_forbidding_the_induction_cells_changes_what_mini_writes(mini, mini_rows, induction):
     batch = mini_rows.repeats
-    row = int(np.argmax(effects.repeats(batch).sum(1)))
-    first = int(np.argmax(effects.repeats(batch)[row]))
+    row = int(np.argmax(continuing(batch).sum(1)))
+    first = int(np.argmax(continuing(batch)[row]))
     start, right = batch.tokens[row, : first + 1], batch.tokens[row, first + 1 : first + 4]
     written = effects.continuation(mini, start, 3)
     assert written.tolist() == right.tolist()
