@@ -33,15 +33,15 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self._move(weight, group)
+                    self._move(weight, weight.grad, group)
 
-    def _move(self, weight: torch.Tensor, group: dict[str, Any]) -> None:
+    def _move(self, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[weight]
         if "average" not in state:
             state["average"] = torch.zeros_like(weight)
         average, momentum = state["average"], group["momentum"]
-        average.lerp_(weight.grad, 1 - momentum)
-        update = weight.grad.lerp(average, momentum)
+        average.lerp_(gradient, 1 - momentum)
+        update = gradient.lerp(average, momentum)
         parts = update.chunk(3, dim=1) if update.shape[1] == 3 * update.shape[0] else (update,)
         scale = SAME_SIZE_AS_ADAMW * max(parts[0].shape) ** 0.5
         weight.mul_(1 - group["lr"] * group["weight_decay"])
