@@ -262,7 +262,7 @@ def log(path: Path, step: int, losses: torch.Tensor, kinds: list[str]) -> None:
     new = not path.exists() or not path.stat().st_size
     means = [losses[[drawn == kind for drawn in kinds]] for kind in rows.KINDS]
     with path.open("a", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(["step", *(f"{kind}_loss" for kind in rows.KINDS)])
         writer.writerow([step, *(f"{mean.mean().item():.4f}" if len(mean) else "" for mean in means)])
