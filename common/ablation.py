@@ -45,8 +45,8 @@ class Ablation:
     """What was measured.
 
     `clean`: each metric without intervention; `effects`: of single heads and of the `together` set; `greedy`: heads in
-    the order in which adding them raises the loss at repeats most, with the loss so far; `missing`: what an interruption
-    left out; `settings`: what another run must share to go on from here.
+    the order in which adding them raises the loss at repeats most, with the loss so far; `missing`: what an
+    interruption left out; `settings`: what another run must share to go on from here.
     """
 
     together: str

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from common import models, scores
-from common.sequences import Battery, Ints, TokenBatch, battery
+from common.sequences import Battery, Ints, TokenBatch, battery, continuing
 from tests import handbuilt
 from tests.handbuilt import COPY, VERDICTS, HandBuilt, Role
-from training.evaluate_mini import continuing
 
 LENGTHS = (32, 64, 128, 256)
 SEEDS = range(3)  # the benchmark's models have other seeds

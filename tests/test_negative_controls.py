@@ -17,9 +17,10 @@ def found_in(model: models.Model, seed: int = 0) -> set[tuple[int, int]]:
     return set(survey(model, seed=seed, batch_size=16).found.ranked())
 
 
-def test_before_induction_formed_there_is_none():
-    earliest = min(CHECKPOINTS.iterdir(), key=lambda folder: int(folder.name.removeprefix("step-")))
-    assert found_in(models.load(str(earliest))) == set()
+def test_before_induction_formed_there_is_none_and_afterwards_there_is():
+    steps = sorted(CHECKPOINTS.iterdir(), key=lambda folder: int(folder.name.removeprefix("step-")))
+    assert found_in(models.load(str(steps[0]))) == set()
+    assert found_in(models.load(str(steps[-1])))
 
 
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (2, 8), (6, 4)])
