@@ -49,9 +49,8 @@ def direct_effect(
     """The direct effect of each head's prefix-matching cells at the reads. `advance` is told of finished rows.
 
     Costs an unembedding per read and head; `direct_logit_effect` gives the logits alone for a fraction of that, enough
-    to choose the heads worth it. Raises
-    UserError for a model whose logits are not an unembedding of its normed residual stream, or whose heads' outputs do
-    not reach that stream as they are.
+    to choose the heads worth it. Raises UserError for a model whose logits are not an unembedding of its normed
+    residual stream, or whose heads' outputs do not reach that stream as they are.
     """
     found = np.full((2, len(reads.row), len(heads)), np.nan)
     for part in _parts(model, batch, reads, heads, batch_size, advance):
