@@ -41,6 +41,8 @@ def main() -> None:
     text = args.held_out.read_text(encoding="utf-8")
     report(model, "held-out English, said twice", said_twice(model, text))
     print(f"loss on held-out English: {plain_loss(model, text):.2f} nats per token")
+    quarters = ", ".join(f"{loss:.2f}" for loss in loss_by_position(model, text))
+    print(f"the same in rows of {model.context} tokens, by quarter of the row: {quarters}")
     for start in STARTS:
         print(f"likeliest token by token: {continuation(model, start)!r}")
         print(f"drawn at temperature {TEMPERATURE}: {continuation(model, start, temperature=TEMPERATURE)!r}")
@@ -79,6 +81,14 @@ def plain_loss(model: models.Model, text: str) -> float:
     starts = range(0, len(ids) - LENGTH, LENGTH)
     rows = [np.concatenate([[model.bos], ids[start : start + LENGTH]]) for start in starts]
     return float(np.nanmean(effects.losses(model, TokenBatch.of(rows, pad=model.bos))))
+
+
+def loss_by_position(model: models.Model, text: str) -> list[float]:
+    """Loss on `ROWS` rows of text as long as the context, in nats per token, for each quarter of the row."""
+    ids = model.encode(text)[1:]
+    starts = np.linspace(0, len(ids) - model.context, ROWS).astype(int)
+    rows = np.stack([np.concatenate([[model.bos], ids[start : start + model.context - 1]]) for start in starts])
+    return [part.mean().item() for part in token_losses(model, rows).tensor_split(4, dim=1)]
 
 
 def continuation(model: models.Model, start: str, *, count: int = 40, temperature: float = 0.0) -> str:
