@@ -134,10 +134,11 @@ def singular_directions(sides: tuple[Reader, Reader], embedded: Floats, scale: f
     (left, query_core), (right, key_core) = (torch.linalg.qr(torch.from_numpy(side.folded())) for side in sides)
     inner = torch.linalg.svd(query_core @ key_core.T)
     queries, strengths, keys = (part.numpy() for part in (left @ inner.U, inner.S, inner.Vh @ right.T))
-    scaled = [embedded / side.before.scale(embedded) if side.before else embedded for side in sides]
+    norm = sides[0].before
+    scaled = embedded / norm.scale(embedded) if norm else embedded
     found = []
     for index in range(min(count, len(strengths))):
-        query, key = scaled[0] @ queries[:, index], scaled[1] @ keys[index]
+        query, key = scaled @ queries[:, index], scaled @ keys[index]
         sign = np.sign(query[np.argmax(np.abs(query))])
         share = float(strengths[index] ** 2 / (strengths**2).sum())
         root = np.sqrt(scale * strengths[index])

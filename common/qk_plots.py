@@ -148,7 +148,8 @@ def decomposition_figure(found: Decomposition, title: str, tokens: Sequence[str]
     figure, axes = plt.subplots(figsize=(side + 1.4, side + 0.5), layout="constrained")
     limit = limit_of(terms)
     signed(axes, terms, limit=limit, label="part of the lead (score units)")
-    write_values(axes, np.where(np.abs(terms) >= 0.02 * limit, terms, np.nan), limit, 2)
+    digits = int(np.clip(2 - np.floor(np.log10(limit)), 2, 4))
+    write_values(axes, np.where(np.abs(terms) >= 0.02 * limit, terms, np.nan), limit, digits)
     row, column = np.unravel_index(int(np.abs(terms).argmax()), terms.shape)
     outline(axes, [(int(row), int(column))])
     label_tokens(axes, names, names)
@@ -183,6 +184,7 @@ def grouped(sources: Sequence[str], terms: Floats, most: int) -> tuple[list[str]
 def composition_figure(found: Composition, pair: Pair, title: str) -> Figure:
     """z of every earlier head (row) with every head of the layer (column), a panel per way; `pair` framed under K."""
     highest = np.max([found.z[way].max(1) for way in WAYS], axis=0)
+    highest[found.senders.index(pair[0])] = np.inf
     rows = np.sort(np.argsort(-highest, kind="stable")[:MOST_SENDERS])
     heads = found.z["Q"].shape[1]
     size = (3 * (0.42 * heads + 2.2), max(2.8, 0.3 * len(rows) + 1.9))
@@ -190,8 +192,7 @@ def composition_figure(found: Composition, pair: Pair, title: str) -> Figure:
     limit = max(limit_of(found.z[way][rows]) for way in WAYS)
     for place, way in zip(axes, WAYS, strict=True):
         _composition(place, found, way, rows, limit)
-    if found.senders.index(pair[0]) in rows:
-        outline(axes[WAYS.index("K")], [(int(np.searchsorted(rows, found.senders.index(pair[0]))), pair[1])])
+    outline(axes[WAYS.index("K")], [(int(np.searchsorted(rows, found.senders.index(pair[0]))), pair[1])])
     left_out = len(found.senders) - len(rows)
     figure.suptitle(title + (f" ({len(rows)} of {len(found.senders)} earlier heads)" if left_out else ""), fontsize=11)
     figure.supxlabel(
@@ -240,8 +241,8 @@ def circuit_figure(found: HeadCircuits, labels: Sequence[str], positions: int, t
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(
         "Scores that the weights give two tokens by themselves, wherever they stand. What an earlier head writes of a "
-        "token stands\none place on if that head attends to the previous token: a dark diagonal then means that a token looks "
-        "for the place behind its own copy.",
+        "token\nstands one place on if that head attends to the previous token: a dark diagonal then means that a "
+        "token looks for the place behind its own copy.",
         fontsize=8,
     )
     return figure
