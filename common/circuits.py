@@ -151,8 +151,8 @@ class HeadCircuits:
     """What the weights of one head say about the tokens of one text.
 
     `head`: (layer, head); `tokens`: the different ids of the text, in order; `by_distance`: distance -> token × token
-    scores, for distance 0 alone on models without rotation; `composed`: the same through what the head `sender`
-    writes; `position`: position × position, where positions are added; `directions`: the strongest singular ones.
+    scores, for distance 0 alone on models without rotation; `composed`: the first of these through what the
+    head `sender` writes; `position`: position × position, where positions are added; `directions`: the strongest singular ones.
     """
 
     head: tuple[int, int]

@@ -252,13 +252,13 @@ def _circuit_panels(
     found: HeadCircuits, labels: Sequence[str], positions: int
 ) -> list[tuple[str, Floats, Sequence[str], str]]:
     """(title, matrix, labels, what its axes are) of each panel."""
-    rotary = 0 not in found.by_distance
+    apart = {distance: f", {distance} apart" if distance else "" for distance in found.by_distance}
     panels: list[tuple[str, Floats, Sequence[str], str]] = [
-        ("token × token" + (f", {distance} apart" if rotary else ""), values, labels, "token")
-        for distance, values in found.by_distance.items()
+        (f"token × token{apart[distance]}", values, labels, "token") for distance, values in found.by_distance.items()
     ]
     if found.composed is not None and found.sender is not None:
-        panels.append((f"token × what {name(*found.sender)} writes of a token", found.composed, labels, "token"))
+        title = f"token × what {name(*found.sender)} writes of a token{next(iter(apart.values()))}"
+        panels.append((title, found.composed, labels, "token"))
     if found.position is not None:
         shown = min(positions, MOST_POSITIONS)
         places = [str(place) for place in range(shown)]
