@@ -151,8 +151,8 @@ class HeadCircuits:
     """What the weights of one head say about the tokens of one text.
 
     `head`: (layer, head); `tokens`: the different ids of the text, in order; `by_distance`: distance -> token × token
-    scores, for distance 0 alone on models without rotation; `composed`: the first of these through what the
-    head `sender` writes; `position`: position × position, where positions are added; `directions`: the strongest singular ones.
+    scores, for distance 0 alone on models without rotation; `composed`: the first of these through what the head
+    `sender` writes; `position`: position × position, where positions are added; `directions`: the strongest ones.
     """
 
     head: tuple[int, int]
@@ -248,7 +248,8 @@ def compose(model: Model, layer: int, *, seed: int) -> Composition | None:
         scores[way] = np.concatenate([_scores(sender, reading) for sender in senders])
         random = _random_scores(spectra, _spectra([reading]), corners)
         baseline[way] = random.mean(0)
-        z[way] = (scores[way] - baseline[way]) / random.std(0)
+        spread = random.std(0)
+        z[way] = np.divide(scores[way] - baseline[way], spread, out=np.zeros_like(spread), where=spread > 0)
     pairs = tuple((earlier, head) for earlier in range(layer) for head in range(model.n_heads))
     limit = NormalDist().inv_cdf(1 - SIGNIFICANCE / (len(WAYS) * scores["Q"].size))
     return Composition(layer, pairs, scores, baseline, z, limit)
@@ -282,15 +283,15 @@ def _read_through(norm: Norm, weights: Floats) -> Floats:
 
 
 def _scores(sender: FactoredMatrix, reading: FactoredMatrix) -> Floats:
-    """[head that writes, head that reads], one reading head at a time: all pairs at once would not fit in memory."""
+    """[head that writes, head that reads]; 0 for a head of zeros. All pairs at once would not fit in memory."""
     columns = [composition_scores(sender, reading[head]) for head in range(reading.shape[0])]
-    return torch.stack(columns, dim=-1).numpy()
+    return torch.stack(columns, dim=-1).nan_to_num(0.0).numpy()
 
 
 def _spectra(matrices: Sequence[FactoredMatrix]) -> Floats:
     """Squared singular values of every head, [head, d_head], scaled to sum to 1."""
     values = torch.cat([torch.linalg.svdvals(_core(matrix)) ** 2 for matrix in matrices]).numpy()
-    return values / values.sum(-1, keepdims=True)
+    return values / np.maximum(values.sum(-1, keepdims=True), np.finfo(float).tiny)
 
 
 def _core(matrix: FactoredMatrix) -> torch.Tensor:

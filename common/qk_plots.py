@@ -9,7 +9,8 @@ see stay blank. Marks are vermilion, as in `plots`.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -315,3 +316,12 @@ def weight_figures(
     if composition and pair:
         read = f"What the heads of layer {composition.layer} read of what earlier heads write: {title.split(',')[0]}"
         yield "composition", composition_figure(composition, pair, read)
+
+
+def save_all(figures: Iterable[tuple[str, Figure]], folder: Path, ending: str = "") -> list[str]:
+    """Write figures, each given with the stem of its file's name, as PNG into `folder` and close them; their names."""
+    names = []
+    for stem, figure in figures:
+        names.append(f"{stem}{ending}.png")
+        plots.save(figure, folder / names[-1])
+    return names

@@ -173,6 +173,16 @@ def test_the_planted_pair_is_found_in_k_and_there_alone(planted):
     assert pair["z"] > 10 * found.limit and pair["score"] > 1.3 * pair["baseline"]
 
 
+def test_heads_of_zeros_compose_with_nothing(tmp_path, tokenizer):
+    bare = models.load(str(architectures.save_induction(tmp_path / "set", tokenizer, 1, 0)))
+    found = circuits.compose(bare, 1, seed=0)
+    assert found.z["K"][1, 0] > found.limit
+    others = np.ones((2, 2), dtype=bool)
+    others[1, 0] = False
+    assert (found.z["K"][others] == 0).all() and (found.scores["K"][others] == 0).all()
+    assert (found.z["V"] == 0).all()
+
+
 def test_where_no_head_is_a_previous_token_head_the_likest_counts(model_of):
     found = circuits.compose(model_of("gpt2"), 2, seed=0)
     previous_token = np.full((3, HEADS), 0.2)
