@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,6 @@ from common.errors import UserError
 from common.sequences import Floats, Ints, TokenBatch
 
 if TYPE_CHECKING:  # what loads torch or matplotlib is imported where it is used: --help stays quick
-    from matplotlib.figure import Figure
-
     from common.models import Model
     from common.qk import Decomposition, Interaction
 
@@ -52,14 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.shared_parser(__doc__ or "")
     add = parser.add_argument
     add("--layer", type=cli.number_or("auto"), metavar="N|auto", help="layer, from 0 (default: `layer` in the script)")
-    add(
-        "--head",
-        type=cli.number_or("all", "auto"),
-        default="auto",
-        metavar="N|all|auto",
-        help="head drawn large and decomposed, from 0; auto: the strongest induction head of the layer (default auto)",
-    )
-    add("--export", action="store_true", help="also write q and k of the layer to qk.safetensors")
+    head = "head drawn large and decomposed, from 0; auto: the strongest induction head of the layer (default auto)"
+    add("--head", type=cli.number_or("all", "auto"), default="auto", metavar="N|all|auto", help=head)
+    add("--export", action="store_true", help="also write q and k of the layer, a safetensors file per text")
     return cli.run(analyse_layer, parser.parse_args(argv), PROGRAM)
 
 
@@ -159,7 +152,7 @@ def look(
 
         title = f"{model.name}, text {number}: {cli.shortened(text)}"
         figures = qk_plots.text_figures(met, split, chosen.grid, model.strings(tokens), cells, title)
-        maps = draw(folder, figures, f"_{number:02d}")
+        maps = qk_plots.save_all(figures, folder, f"_{number:02d}")
     records = {head: {"refused": one, "terms": []} if isinstance(one, str) else one.record(TERMS)
                for head, one in split.items()}  # fmt: skip
     return {
@@ -186,17 +179,6 @@ def decompose(
         return {head: str(error) for head in heads}
 
 
-def draw(folder: Path, figures: Iterable[tuple[str, Figure]], number: str = "") -> list[str]:
-    """Save figures, each given with the stem of its file's name; the names."""
-    from common import plots
-
-    names = []
-    for stem, figure in figures:
-        names.append(f"{stem}{number}.png")
-        plots.save(figure, folder / names[-1])
-    return names
-
-
 def weigh(
     folder: Path,
     model: Model,
@@ -210,15 +192,20 @@ def weigh(
     from common import circuits
 
     at, head = chosen.layer, chosen.heads[0]
-    composition = circuits.compose(model, at, seed=args.seed)
-    pair = composition.from_previous_token(previous_token, chosen.induction or chosen.heads) if composition else None
-    found = circuits.head_circuits(model, (at, head), pair and pair[0], tokens, distances=DISTANCES)
+    try:
+        composition = circuits.compose(model, at, seed=args.seed)
+        heads = chosen.induction or chosen.heads
+        pair = composition.from_previous_token(previous_token, heads) if composition else None
+        found = circuits.head_circuits(model, (at, head), pair and pair[0], tokens, distances=DISTANCES)
+    except UserError as error:
+        report.say(f"warning: {error}")
+        return {"composition": None, "directions": []}
     strings = model.strings(found.tokens)
     if not args.no_plots:
         from common import qk_plots
 
         title = f"{model.name}, tokens of: {cli.shortened(text)}"
-        draw(folder, qk_plots.weight_figures(found, composition, pair, strings, len(tokens), title))
+        qk_plots.save_all(qk_plots.weight_figures(found, composition, pair, strings, len(tokens), title), folder)
     return {
         "composition": composition.record(pair) if composition and pair else None,
         "directions": [direction.record(strings, TERMS) for direction in found.directions],

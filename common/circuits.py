@@ -134,10 +134,11 @@ def singular_directions(sides: tuple[Reader, Reader], embedded: Floats, scale: f
     (left, query_core), (right, key_core) = (torch.linalg.qr(torch.from_numpy(side.folded())) for side in sides)
     inner = torch.linalg.svd(query_core @ key_core.T)
     queries, strengths, keys = (part.numpy() for part in (left @ inner.U, inner.S, inner.Vh @ right.T))
-    scaled = [embedded / side.before.scale(embedded) if side.before else embedded for side in sides]
+    norm = sides[0].before
+    scaled = embedded / norm.scale(embedded) if norm else embedded
     found = []
     for index in range(min(count, len(strengths))):
-        query, key = scaled[0] @ queries[:, index], scaled[1] @ keys[index]
+        query, key = scaled @ queries[:, index], scaled @ keys[index]
         sign = np.sign(query[np.argmax(np.abs(query))])
         share = float(strengths[index] ** 2 / (strengths**2).sum())
         root = np.sqrt(scale * strengths[index])
@@ -150,8 +151,8 @@ class HeadCircuits:
     """What the weights of one head say about the tokens of one text.
 
     `head`: (layer, head); `tokens`: the different ids of the text, in order; `by_distance`: distance -> token × token
-    scores, for distance 0 alone on models without rotation; `composed`: the same through what the head `sender`
-    writes; `position`: position × position, where positions are added; `directions`: the strongest singular ones.
+    scores, for distance 0 alone on models without rotation; `composed`: the first of these through what the head
+    `sender` writes; `position`: position × position, where positions are added; `directions`: the strongest ones.
     """
 
     head: tuple[int, int]
@@ -247,7 +248,8 @@ def compose(model: Model, layer: int, *, seed: int) -> Composition | None:
         scores[way] = np.concatenate([_scores(sender, reading) for sender in senders])
         random = _random_scores(spectra, _spectra([reading]), corners)
         baseline[way] = random.mean(0)
-        z[way] = (scores[way] - baseline[way]) / random.std(0)
+        spread = random.std(0)
+        z[way] = np.divide(scores[way] - baseline[way], spread, out=np.zeros_like(spread), where=spread > 0)
     pairs = tuple((earlier, head) for earlier in range(layer) for head in range(model.n_heads))
     limit = NormalDist().inv_cdf(1 - SIGNIFICANCE / (len(WAYS) * scores["Q"].size))
     return Composition(layer, pairs, scores, baseline, z, limit)
@@ -281,15 +283,15 @@ def _read_through(norm: Norm, weights: Floats) -> Floats:
 
 
 def _scores(sender: FactoredMatrix, reading: FactoredMatrix) -> Floats:
-    """[head that writes, head that reads], one reading head at a time: all pairs at once would not fit in memory."""
+    """[head that writes, head that reads]; 0 for a head of zeros. All pairs at once would not fit in memory."""
     columns = [composition_scores(sender, reading[head]) for head in range(reading.shape[0])]
-    return torch.stack(columns, dim=-1).numpy()
+    return torch.stack(columns, dim=-1).nan_to_num(0.0).numpy()
 
 
 def _spectra(matrices: Sequence[FactoredMatrix]) -> Floats:
     """Squared singular values of every head, [head, d_head], scaled to sum to 1."""
     values = torch.cat([torch.linalg.svdvals(_core(matrix)) ** 2 for matrix in matrices]).numpy()
-    return values / values.sum(-1, keepdims=True)
+    return values / np.maximum(values.sum(-1, keepdims=True), np.finfo(float).tiny)
 
 
 def _core(matrix: FactoredMatrix) -> torch.Tensor:

@@ -9,7 +9,8 @@ see stay blank. Marks are vermilion, as in `plots`.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -148,7 +149,8 @@ def decomposition_figure(found: Decomposition, title: str, tokens: Sequence[str]
     figure, axes = plt.subplots(figsize=(side + 1.4, side + 0.5), layout="constrained")
     limit = limit_of(terms)
     signed(axes, terms, limit=limit, label="part of the lead (score units)")
-    write_values(axes, np.where(np.abs(terms) >= 0.02 * limit, terms, np.nan), limit, 2)
+    digits = int(np.clip(2 - np.floor(np.log10(limit)), 2, 4))
+    write_values(axes, np.where(np.abs(terms) >= 0.02 * limit, terms, np.nan), limit, digits)
     row, column = np.unravel_index(int(np.abs(terms).argmax()), terms.shape)
     outline(axes, [(int(row), int(column))])
     label_tokens(axes, names, names)
@@ -183,6 +185,7 @@ def grouped(sources: Sequence[str], terms: Floats, most: int) -> tuple[list[str]
 def composition_figure(found: Composition, pair: Pair, title: str) -> Figure:
     """z of every earlier head (row) with every head of the layer (column), a panel per way; `pair` framed under K."""
     highest = np.max([found.z[way].max(1) for way in WAYS], axis=0)
+    highest[found.senders.index(pair[0])] = np.inf
     rows = np.sort(np.argsort(-highest, kind="stable")[:MOST_SENDERS])
     heads = found.z["Q"].shape[1]
     size = (3 * (0.42 * heads + 2.2), max(2.8, 0.3 * len(rows) + 1.9))
@@ -190,8 +193,7 @@ def composition_figure(found: Composition, pair: Pair, title: str) -> Figure:
     limit = max(limit_of(found.z[way][rows]) for way in WAYS)
     for place, way in zip(axes, WAYS, strict=True):
         _composition(place, found, way, rows, limit)
-    if found.senders.index(pair[0]) in rows:
-        outline(axes[WAYS.index("K")], [(int(np.searchsorted(rows, found.senders.index(pair[0]))), pair[1])])
+    outline(axes[WAYS.index("K")], [(int(np.searchsorted(rows, found.senders.index(pair[0]))), pair[1])])
     left_out = len(found.senders) - len(rows)
     figure.suptitle(title + (f" ({len(rows)} of {len(found.senders)} earlier heads)" if left_out else ""), fontsize=11)
     figure.supxlabel(
@@ -240,7 +242,7 @@ def circuit_figure(found: HeadCircuits, labels: Sequence[str], positions: int, t
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(
         "Scores that the weights give two tokens by themselves, wherever they stand. What an earlier head writes of a "
-        "token stands\none place on if that head attends to the previous token: a dark diagonal then means that a "
+        "token\nstands one place on if that head attends to the previous token: a dark diagonal then means that a "
         "token looks for the place behind its own copy.",
         fontsize=8,
     )
@@ -251,13 +253,13 @@ def _circuit_panels(
     found: HeadCircuits, labels: Sequence[str], positions: int
 ) -> list[tuple[str, Floats, Sequence[str], str]]:
     """(title, matrix, labels, what its axes are) of each panel."""
-    rotary = 0 not in found.by_distance
+    apart = {distance: f", {distance} apart" if distance else "" for distance in found.by_distance}
     panels: list[tuple[str, Floats, Sequence[str], str]] = [
-        ("token × token" + (f", {distance} apart" if rotary else ""), values, labels, "token")
-        for distance, values in found.by_distance.items()
+        (f"token × token{apart[distance]}", values, labels, "token") for distance, values in found.by_distance.items()
     ]
     if found.composed is not None and found.sender is not None:
-        panels.append((f"token × what {name(*found.sender)} writes of a token", found.composed, labels, "token"))
+        title = f"token × what {name(*found.sender)} writes of a token{next(iter(apart.values()))}"
+        panels.append((title, found.composed, labels, "token"))
     if found.position is not None:
         shown = min(positions, MOST_POSITIONS)
         places = [str(place) for place in range(shown)]
@@ -314,3 +316,12 @@ def weight_figures(
     if composition and pair:
         read = f"What the heads of layer {composition.layer} read of what earlier heads write: {title.split(',')[0]}"
         yield "composition", composition_figure(composition, pair, read)
+
+
+def save_all(figures: Iterable[tuple[str, Figure]], folder: Path, ending: str = "") -> list[str]:
+    """Write figures, each given with the stem of its file's name, as PNG into `folder` and close them; their names."""
+    names = []
+    for stem, figure in figures:
+        names.append(f"{stem}{ending}.png")
+        plots.save(figure, folder / names[-1])
+    return names

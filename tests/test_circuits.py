@@ -98,16 +98,19 @@ def dense(model: models.Model, layer: int, head: int) -> dict[str, np.ndarray]:
     """The head's matrices in full, [d_model, d_model], norm weights folded in by hand."""
     attention, norm = model.bridge.blocks[layer].attn, model.bridge.blocks[layer].ln1.original_component
     width = model.bridge.cfg.d_model
-    fold = np.diag(qk.plain(norm.weight))
+    offset = 1.0 if model.bridge.blocks[layer].ln1.uses_weight_offset else 0.0
+    fold = np.diag(qk.plain(norm.weight) + offset)
     if isinstance(norm, torch.nn.LayerNorm):
         fold = (np.eye(width) - 1 / width) @ fold
     query, output = qk.plain(attention.W_Q[head]), qk.plain(attention.W_O[head])
     shared = head // (HEADS // len(attention.W_K))
     key, value = qk.plain(attention.W_K[shared]), qk.plain(attention.W_V[shared])
+    if hasattr(model.bridge.blocks[layer], "ln1_post"):
+        output = output @ np.diag(1.0 + qk.plain(model.bridge.blocks[layer].ln1_post.original_component.weight))
     return {"QK": fold @ query @ (fold @ key).T, "OV": fold @ value @ output}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_scores_are_the_norms_of_the_products(name, model_of):
     model = model_of(name)
     found = circuits.compose(model, 2, seed=0)
@@ -163,11 +166,21 @@ def test_the_planted_pair_is_found_in_k_and_there_alone(planted):
     above = {(way, *pair) for way in circuits.WAYS for pair in np.argwhere(found.z[way] > found.limit).tolist()}
     assert ("K", 1, 0) in above
     assert not {pair for pair in above if pair[0] == "Q"}
-    previous_token = np.array([[0.1, 0.9], [0.1, 0.1]])
+    previous_token = np.array([[0.95, 0.6], [0.1, 0.1]])  # both are previous-token heads; one composes
     assert found.from_previous_token(previous_token, [0, 1]) == ((0, 1), 0)
     pair = found.record(((0, 1), 0))["previous_token_to_induction"]
     assert (pair["writes"], pair["reads"]) == ("0.1", "1.0")
     assert pair["z"] > 10 * found.limit and pair["score"] > 1.3 * pair["baseline"]
+
+
+def test_heads_of_zeros_compose_with_nothing(tmp_path, tokenizer):
+    bare = models.load(str(architectures.save_induction(tmp_path / "set", tokenizer, 1, 0)))
+    found = circuits.compose(bare, 1, seed=0)
+    assert found.z["K"][1, 0] > found.limit
+    others = np.ones((2, 2), dtype=bool)
+    others[1, 0] = False
+    assert (found.z["K"][others] == 0).all() and (found.scores["K"][others] == 0).all()
+    assert (found.z["V"] == 0).all()
 
 
 def test_where_no_head_is_a_previous_token_head_the_likest_counts(model_of):

@@ -303,6 +303,19 @@ def test_terms_are_what_the_definition_says(folders, model_of):
             assert ours.terms[row, column] == pytest.approx(np.mean(lead), abs=1e-5)
 
 
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("norms", [(True, True), (True, False), (False, True), (False, False)])
+def test_parts_that_a_reader_reads_sum_to_what_it_reads(centred, norms):
+    rng = np.random.default_rng(0)
+    norm = {d: qk.Norm(rng.standard_normal(d), rng.standard_normal(d), centred, 1e-5) for d in (6, 4)}
+    before, after = (norm[d] if there else None for d, there in zip((6, 4), norms, strict=True))
+    reader = qk.Reader(before, rng.standard_normal((6, 4)), rng.standard_normal(4), after)
+    written = rng.standard_normal((3, 5, 6))
+    through = (before or qk.UNCHANGED).linear(written)
+    parts = reader.read_parts(written.sum(0), through @ reader.weight)
+    assert parts.sum(0) == pytest.approx(reader.read(written.sum(0)))
+
+
 def test_a_window_bounds_the_keys_a_cell_is_compared_with(model_of):
     met = qk.interact(model_of("gemma2"), TOKENS[:1], 0)
     found = decompose(model_of("gemma2"), TOKENS[0], met, 1, [(12, 10)])

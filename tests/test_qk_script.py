@@ -181,6 +181,21 @@ def test_a_decomposition_that_does_not_add_up_is_left_out_and_said(tmp_path, mon
     assert not (tmp_path / "terms.csv").exists()
 
 
+def test_a_head_that_is_no_sum_of_parts_still_has_its_maps(tmp_path, tokenizer, capsys):
+    """OLMo 2 norms the queries of all heads at once."""
+    config = transformers.Olmo2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    transformers.Olmo2ForCausalLM(config).save_pretrained(tmp_path / "olmo2")
+    tokenizer.save_pretrained(tmp_path / "olmo2")
+    assert run("--model", str(tmp_path / "olmo2"), "--out", str(tmp_path / "o"), "--layer", "1", *QUICK) == 0
+    assert "norms the queries of all heads at once" in capsys.readouterr().err
+    found = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert found["check"]["max_abs_error"] < 1e-5 and found["composition"] is None
+    assert {path.stem.split("_")[0] for path in (tmp_path / "o").glob("*.png")} == {"scores", "patterns", "head"}
+
+
 def one_line(capsys) -> str:
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qk_circuit_analysis:")]
     assert len(errors) == 1
