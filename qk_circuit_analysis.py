@@ -88,6 +88,7 @@ def analyse_layer(args: argparse.Namespace) -> None:
         report.say(f"layer {chosen.layer}: {chosen.reason}")
         looked = [look(folder, model, chosen, args, n, *text) for n, text in enumerate(encoded, start=1)]
         decomposed = [record for entry in looked for record in entry.pop("decomposed")]
+        on_page = [entry.pop("on_page") for entry in looked]
         richest = max(looked, key=lambda entry: len(entry["cells"]))["number"]  # the text with most induction cells
         weights = weigh(folder, model, chosen, previous_token, args, *encoded[richest - 1])
         terms = [{"text": one["text"], "head": one["head"], **term} for one in decomposed for term in one["terms"]]
@@ -107,8 +108,12 @@ def analyse_layer(args: argparse.Namespace) -> None:
             "decomposition": decomposed,
             **weights,
             "interventions": [],
-            "files": sorted([*(path.name for path in folder.iterdir()), "results.json"]),
         }
+        if not args.no_plots:
+            from common import html_report
+
+            html_report.save(html_report.qk_page(results, chosen.heads[0], sentences(results), on_page), folder)
+        results["files"] = sorted([*(path.name for path in folder.iterdir()), "results.json"])
         report.write_json(folder / "results.json", results)
     print_summary(results, richest, out)
 
@@ -146,13 +151,14 @@ def look(
     split = decompose(model, tokens, met, chosen.heads, cells)
     if args.export:
         qk.export(met, tokens, folder / f"qk_{number:02d}.safetensors")
-    maps = []
+    maps, on_page = [], None
     if not args.no_plots:
-        from common import qk_plots
+        from common import html_qk, qk_plots
 
         title = f"{model.name}, text {number}: {cli.shortened(text)}"
         figures = qk_plots.text_figures(met, split, chosen.grid, model.strings(tokens), cells, title)
         maps = qk_plots.save_all(figures, folder, f"_{number:02d}")
+        on_page = html_qk.of_text(met, split, text, model.strings(tokens), cells)
     records = {head: {"refused": one, "terms": []} if isinstance(one, str) else one.record(TERMS)
                for head, one in split.items()}  # fmt: skip
     return {
@@ -162,6 +168,7 @@ def look(
         "cells": cells,
         "check": {**vars(met.check), "max_abs_error": met.check.max_abs_error},
         "maps": maps,
+        "on_page": on_page,
         "decomposed": [{"text": number, "head": name(chosen.layer, head), **one} for head, one in records.items()],
     }
 
@@ -219,12 +226,18 @@ def print_summary(results: dict[str, Any], richest: int, out: Path) -> None:
         print(f"Head {one['head']} on {which}: ahead of the other tokens in sight by {one['lead']:.2f}, made of")
         rows = [[term["query"], term["key"], f"{term['value']:.2f}"] for term in one["terms"]]
         report.print_table("", ["query source", "key source", "part of the lead"], rows)
-    print(f"Our scores reproduce the model's: largest error {results['check']['max_abs_error']:.1e}")
+    print("\n".join(sentences(results)))
+    print(f"Written to {out}: {', '.join(results['files'])}")
+
+
+def sentences(results: dict[str, Any]) -> list[str]:
+    """The self-check, and the composed pair."""
+    said = [f"Our scores reproduce the model's: largest error {results['check']['max_abs_error']:.1e}"]
     if results["composition"]:
         pair, limit = (results["composition"][key] for key in ("previous_token_to_induction", "z_limit"))
         chance = f"{pair['baseline']:.3f} by chance, z = {pair['z']:.1f} (above {limit:.1f} counts)"
-        print(f"K-composition {pair['writes']} → {pair['reads']}: {pair['score']:.3f}, {chance}")
-    print(f"Written to {out}: {', '.join(results['files'])}")
+        said.append(f"K-composition {pair['writes']} → {pair['reads']}: {pair['score']:.3f}, {chance}")
+    return said
 
 
 if __name__ == "__main__":

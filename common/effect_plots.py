@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from common.ablation import Ablation
 from common.detection import LEAST_EFFECT, name
 from common.plots import MARK
+
+if TYPE_CHECKING:  # pictures need no torch
+    from common.ablation import Ablation
 
 COPYING = "PuOr_r"
 MARKERS = {"induction": "o", "suppression": "v", "attends-only": "D"}

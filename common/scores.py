@@ -115,6 +115,21 @@ def patterns(model: Model, tokens: NDArray[np.int64], wanted: Sequence[tuple[int
     return [kept[which] for which in wanted]
 
 
+def every_pattern(model: Model, tokens: NDArray[np.int64], places: Sequence[int]) -> Floats:
+    """The patterns of all heads on one row of ids at the chosen positions, [layers, heads, place, place].
+
+    A layer that shows no pattern is NaN.
+    """
+    found = np.full((model.n_layers, model.n_heads, len(places), len(places)), np.nan)
+    rows, columns = np.ix_(places, places)
+
+    def keep(layer: int, pattern: torch.Tensor) -> None:
+        found[layer] = pattern[0, :, rows, columns].double().cpu().numpy()
+
+    read_patterns(model, tokens[None], keep)
+    return found
+
+
 def _score_at_once(model: Model, batch: TokenBatch) -> tuple[dict[str, Floats], dict[str, Floats]]:
     """Sums and squares per head type, [rows, layers, heads], in one forward pass."""
     rows = len(batch.tokens)
