@@ -184,7 +184,9 @@ def write_page(
         pattern = scores.every_pattern(model, tokens, places).reshape(-1, len(places), len(places))
         return html_report.TextMaps(text, model.strings(tokens), said, on_text.cells, places, {"pattern": pattern})
 
-    said = [tables.verdict_sentence(results["heads"]), *filter(None, [ablated and tables.ablation_sentence(ablated)])]
+    said = [tables.verdict_sentence(results["heads"])]
+    if ablated and (sentence := tables.ablation_sentence(ablated)):
+        said.append(sentence)
     texts = (on_page(number, *one) for number, one in enumerate(on_texts, start=1))
     html_report.save(html_report.induction_page(results, said, texts), folder)
 

@@ -41,19 +41,25 @@ def colours(name: str, stops: int = 9) -> list[list[Any]]:
 
 
 def described(head: Row) -> str:
-    """Every number of a head, a line each; an interval stands behind its number."""
-    lines = [f"<b>head {name(head['layer'], head['head'])}</b>"]
-    for key, value in head.items():
-        if key not in ("layer", "head") and not key.endswith("_interval"):
-            lines.append(f"{key} {number(value)}{_interval(head.get(f'{key}_interval'))}")
-    return "<br>".join(lines)
+    """Every number of a head, a line each, as Plotly takes it."""
+    lines = [label(f"{key} {value}") for key, value in numbers(head)]
+    return "<br>".join([f"<b>head {name(head['layer'], head['head'])}</b>", *lines])
+
+
+def numbers(head: Row) -> list[tuple[str, str]]:
+    """Every number of a head as (what, value); an interval stands behind its number."""
+    return [
+        (key, number(value) + _interval(head.get(f"{key}_interval")))
+        for key, value in head.items()
+        if key not in ("layer", "head") and not key.endswith("_interval")
+    ]
 
 
 def number(value: Any) -> str:
     """Four significant digits; words as they are, a dash for what was not measured."""
     if value is None:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else label(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _interval(ends: Sequence[float | None] | None) -> str:
@@ -61,13 +67,14 @@ def _interval(ends: Sequence[float | None] | None) -> str:
 
 
 def mosaic(heads: Sequence[Row]) -> Figure:
-    """Layer × head prefix matching; heads with a verdict outlined, all numbers on hovering."""
+    """Layer × head prefix matching, heads with a verdict outlined."""
     layers, width = (1 + max(head[axis] for head in heads) for axis in ("layer", "head"))
     values = np.full((layers, width), None, dtype=object)
     texts = np.full((layers, width), "", dtype=object)
     for head in heads:
         place = head["layer"], head["head"]
-        values[place], texts[place] = head["prefix_matching"], described(head)
+        lines = (f"head {name(*place)}", head["verdict"], f"prefix matching {number(head['prefix_matching'])}")
+        values[place], texts[place] = head["prefix_matching"], "<br>".join(label(line) for line in lines)
     trace = {
         "type": "heatmap", "z": values.tolist(), "hovertext": texts.tolist(), "hoverinfo": "text", "zmin": 0, "zmax": 1,
         "colorscale": colours(ATTENTION), "xgap": 1, "ygap": 1,
@@ -95,7 +102,7 @@ def _outline(head: Row) -> dict[str, Any]:
 
 
 def _hover_label() -> dict[str, Any]:
-    return {"align": "left", "font": {"size": 11}, "bgcolor": "white", "bordercolor": "#888"}
+    return {"align": "left", "font": {"size": 11, "color": "#222"}, "bgcolor": "white", "bordercolor": "#888"}
 
 
 def effects(heads: Sequence[Row]) -> Figure:
@@ -107,9 +114,10 @@ def effects(heads: Sequence[Row]) -> Figure:
              if max(head["prefix_matching"], abs(head["total_effect"])) >= LEAST_EFFECT}  # fmt: skip
     names = [name(head["layer"], head["head"]) for head in shown]
     shapes = [SYMBOLS[MARKERS.get(head["verdict"], "s")] for head in shown]
+    rise = [compressed(head["total_effect"]) for head in shown]
     trace = {
         "type": "scatter", "mode": "markers+text", "hoverinfo": "text", "meta": {"names": names},
-        "x": [head["prefix_matching"] for head in shown], "y": [compressed(head["total_effect"]) for head in shown],
+        "x": [head["prefix_matching"] for head in shown], "y": rise,
         "text": [one if one in named else "" for one in names], "textposition": "top right",
         "hovertext": [described(head) for head in shown],
         "marker": {
@@ -120,13 +128,12 @@ def effects(heads: Sequence[Row]) -> Figure:
                          "thickness": 12},
         },
     }  # fmt: skip
-    most = max([1.0, *(abs(value) for value in trace["y"])])
     ticks = [sign * step for step in (0.05, 0.2, 1, 5, 20) for sign in (-1, 1)]
     layout = {
         "width": 860, "height": 460, "margin": {"l": 80, "r": 110, "t": 15, "b": 60}, "hoverlabel": _hover_label(),
         "xaxis": {"title": {"text": "prefix matching"}, "range": [-0.04, 1.08], "zeroline": False},
         "yaxis": {"title": {"text": "total effect on the correct token (nats)"}, "zeroline": True, "showgrid": False,
-                  "range": [min([-0.5, *trace["y"]]) - 0.3, most + 0.5],
+                  "range": [min([-0.5, *rise]) - 0.3, max([1.0, *rise]) + 0.5],
                   "tickvals": [compressed(tick) for tick in (0, *ticks)],
                   "ticktext": ["0", *(f"{tick:+g}" for tick in ticks)]},
     }  # fmt: skip

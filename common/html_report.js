@@ -6,6 +6,7 @@ const page = JSON.parse(document.getElementById("page").textContent);
 const config = { displayModeBar: false, responsive: false };
 const MISSING = -32768;
 const FULL = 32767;
+let chosen = page.chosen;
 
 /** The codes of all maps of one kind of a text, as 16-bit numbers. */
 function decode(packed) {
@@ -80,8 +81,22 @@ function drawMap(text, number, kind, head) {
   Plotly.react(`text-${number}-${kind}`, traces(text, kind, values), layout, config);
 }
 
+/** Every number of a head, beside the mosaic. */
+function tell(head) {
+  const table = document.getElementById("numbers");
+  if (!table) return;
+  table.replaceChildren();
+  table.createCaption().textContent = `Head ${page.heads[head].name}`;
+  for (const cells of page.heads[head].numbers) {
+    const row = table.insertRow();
+    for (const cell of cells) row.insertCell().textContent = cell;
+  }
+}
+
 /** Show a head: its maps on every text, its line, and its place in the mosaic. */
 function choose(head) {
+  chosen = head;
+  tell(head);
   document.getElementById("head").value = head;
   document.getElementById("chosen").textContent = page.heads[head].line;
   page.texts.forEach((text, number) => Object.keys(text.maps).forEach((kind) => drawMap(text, number, kind, head)));
@@ -92,17 +107,28 @@ function choose(head) {
   Plotly.relayout("mosaic", { shapes: [...page.figures.mosaic.layout.shapes, ring] });
 }
 
+/** The place in `page.heads` of the head that a point of a figure stands for; -1 for none. */
+function headAt(figure, point) {
+  const named = point.data.meta?.names?.[point.pointIndex];
+  return page.heads.findIndex((one) => one.name === named ||
+    (figure === "mosaic" && one.layer === point.y && one.head === point.x));
+}
+
 function start() {
   for (const [name, figure] of Object.entries(page.figures)) {
     Plotly.newPlot(name, figure.data, figure.layout, config);
-    document.getElementById(name).on("plotly_click", ({ points: [point] }) => {
-      const head = page.heads.findIndex((one) => one.name === point.data.meta?.names?.[point.pointIndex] ||
-        (name === "mosaic" && one.layer === point.y && one.head === point.x));
-      if (head >= 0) choose(head);
+    const on = (event, act) => document.getElementById(name).on(event, ({ points: [point] }) => {
+      const head = headAt(name, point);
+      if (head >= 0) act(head);
     });
+    on("plotly_click", choose);
+    if (name === "mosaic") {
+      on("plotly_hover", tell);
+      on("plotly_unhover", () => tell(chosen));
+    }
   }
   document.getElementById("head").addEventListener("change", (event) => choose(Number(event.target.value)));
-  choose(page.chosen);
+  choose(chosen);
 }
 
 start();

@@ -85,8 +85,9 @@ def induction_page(results: Mapping[str, Any], said: Sequence[str], texts: Itera
     body = [
         *(_paragraph(sentence) for sentence in said),
         _section("Every head", "A square per head; darker: more prefix matching, the attention paid to the tokens "
-                 "after earlier copies. Outlined in vermilion: induction heads. Hover for every number; click a head to see "
-                 "its patterns below. A score says where a head looks, not what it does with it.", ["mosaic"]),
+                 "after earlier copies. Outlined in vermilion: induction heads. Hover for its numbers; click for"
+                 " its patterns. A score says where a head looks, not what it does with it.", ["mosaic"],
+                 '<table id="numbers"></table>'),
         _chooser(heads),
         _text_sections(shown, left_out),
         _section("Looking like induction, and doing it", "A mark per head: prefix matching against what the head does "
@@ -164,7 +165,8 @@ def _page(
         "mark": plots.MARK,
         "kinds": {kind: {**one, **{key: html_figures.colours(one[key]) for key in ("colours", "bos")}}
                   for kind, one in KINDS.items()},
-        "heads": [{"name": _name(head), "layer": head["layer"], "head": head["head"], "line": _line(head)}
+        "heads": [{"name": _name(head), "layer": head["layer"], "head": head["head"], "line": _line(head),
+                   "numbers": html_figures.numbers(head)}
                   for head in heads],
         "chosen": [_name(head) for head in heads].index(chosen),
         "figures": figures,
@@ -236,9 +238,10 @@ def _paragraph(text: str, css: str = "") -> str:
     return f"<p{css and f' class={css}'}>{html.escape(text)}</p>"
 
 
-def _section(title: str, hint: str, figures: Iterable[str]) -> str:
+def _section(title: str, hint: str, figures: Iterable[str], beside: str = "") -> str:
     inside = "".join(f'<div class="figure" id="{figure}"></div>' for figure in figures)
-    return f'<section><h2>{html.escape(title)}</h2>{_paragraph(hint, "hint")}<div class="side">{inside}</div></section>'
+    shown = f'<div class="side">{inside}{beside}</div>'
+    return f"<section><h2>{html.escape(title)}</h2>{_paragraph(hint, 'hint')}{shown}</section>"
 
 
 def _chooser(heads: Sequence[Mapping[str, Any]]) -> str:

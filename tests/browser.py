@@ -1,4 +1,4 @@
-"""A headless Chromium with an empty profile that keeps what pages request and complain of; skips where there is none."""
+"""A headless Chromium, its profile empty, that notes what pages request and complain of. Without one, tests skip."""
 
 from __future__ import annotations
 
