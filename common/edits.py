@@ -31,6 +31,7 @@ Hook = tuple[str, Callable[..., Any]]
 
 POINTS = {  # what is edited or read, as the bridge names it inside a block
     "resid_pre": "hook_in",
+    "resid_mid": "hook_resid_mid",
     "resid_post": "hook_out",
     "z": "attn.hook_z",
     "pattern": "attn.hook_pattern",
