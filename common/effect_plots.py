@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -226,6 +226,19 @@ def path_figure(effects: Sequence[dict[str, Any]], title: str) -> Figure:
         fontsize=8,
     )
     return figure
+
+
+def intervention_figures(effects: Sequence[dict[str, Any]], model: str) -> Iterator[tuple[str, Figure]]:
+    """The pictures of interventions on heads, each with the stem of its file's name: per head its parts, and the paths
+    into the one receiver."""
+    parts = [one for one in effects if "sender" not in one]
+    for head in dict.fromkeys(one["head"] for one in parts):
+        title = f"{model}, head {head}: one part replaced, the rest kept"
+        yield f"parts_{head}", parts_figure([one for one in parts if one["head"] == head], title)
+    paths = [one for one in effects if "sender" in one]
+    if paths:
+        head = paths[0]["head"]
+        yield f"paths_{head}", path_figure(paths, f"{model}: what earlier heads tell head {head}, input by input")
 
 
 def _point(axes: Axes, place: float, one: dict[str, Any], marker: str, colour: str) -> None:

@@ -18,12 +18,14 @@ On battery rows that no other part of the project draws:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from common.chosen import Chosen
+from common.detection import Detection
 from common.detection import name as head_name
 from common.edits import Edit, GroupedKeyEdit, Head, Intervention, Recordings, applied
 from common.effects import RowMetrics, effect, layer_matched, no_control, prefix_matching
@@ -75,25 +77,28 @@ class Experiments:
     refused: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
-    def plain(self) -> dict[str, Any]:
-        """For results.json."""
-        return asdict(self)
+    def about(self) -> dict[str, Any]:
+        """All but the effects, for results.json."""
+        return {"settings": self.settings, "refused": self.refused, "missing": self.missing}
 
 
 class Laboratory:
-    """Battery rows and what is measured on them, for `heads` (their parts) and the `receiver` of paths."""
+    """Battery rows and what is measured on them: the parts of the `chosen` heads, the paths into the leading one.
 
-    def __init__(
-        self, model: Model, heads: Sequence[Head], receiver: Head, *, avoid: Sequence[Head], seed: int, batch_size: int
-    ):
+    Heads that `found` to attend to their targets are no controls.
+    """
+
+    def __init__(self, model: Model, chosen: Chosen, found: Detection, *, seed: int, batch_size: int):
         length = min(ROW_LENGTH, model.context)
         drawn = battery(model.ordinary(), model.bos, rows=ROWS, length=length, seed=seed, first=FIRST_ROW)
         self.model, self.batch = model, drawn.repeats
-        self.heads, self.receiver = list(heads), receiver
-        self.avoid, self.seed, self.batch_size = list(avoid), seed, batch_size
+        self.heads = [(chosen.layer, head) for head in chosen.heads]
+        self.receiver = chosen.layer, chosen.leading
+        self.avoid = [(int(layer), int(head)) for layer, head in np.argwhere(found.attends)]
+        self.seed, self.batch_size = seed, batch_size
         self.settings = {
             "fingerprint": model.fingerprint, "seed": seed, "rows": ROWS, "length": length, "controls": CONTROLS,
-            "avoided": " ".join(head_name(*head) for head in avoid),
+            "avoided": " ".join(head_name(*head) for head in self.avoid),
         }  # fmt: skip
         self.clean = Recordings(model, drawn.repeats.tokens, batch_size=batch_size)
         self.kinds = _kinds(model, drawn, self.clean, seed, batch_size)
@@ -141,12 +146,13 @@ def experiment(
 ) -> Experiments:
     """Replace the heads' parts one by one, and walk every path into the receiver.
 
-    `earlier`: what `Experiments.plain` gave before; with the same settings, its effects are not measured again. What
-    the model's architecture does not allow is refused, and the rest done. On Ctrl-C what is done is kept, and `missing`
+    `earlier`: the results.json of an earlier run; with the same settings, its effects are not measured again. What the
+    model's architecture does not allow is refused, and the rest done. On Ctrl-C what is done is kept, and `missing`
     says what is not.
     """
     result = Experiments(laboratory.settings)
-    known = earlier["effects"] if earlier and earlier.get("settings") == laboratory.settings else []
+    settings = ((earlier or {}).get("experiments") or {}).get("settings")
+    known = (earlier or {})["interventions"] if settings == laboratory.settings else []
     result.missing = [_label(unit) for unit in laboratory.units]
     with progress("intervening", laboratory.runs) as advance:
         try:
@@ -252,6 +258,19 @@ def _paths(laboratory: Laboratory, which: str) -> Iterator[Intervention] | list[
 
 
 # --- predict, intervene, compare ---
+
+
+def removals(
+    model: Model, tokens: Ints, met: Interaction, split: Mapping[int, Decomposition | str]
+) -> dict[int, dict[str, Any] | None]:
+    """`removal` for every head that has a decomposition; {refused: why} where it cannot be made."""
+    found: dict[int, dict[str, Any] | None] = {}
+    for head, one in split.items():
+        try:
+            found[head] = None if isinstance(one, str) else removal(model, tokens, met, head, one)
+        except UserError as error:
+            found[head] = {"refused": str(error)}
+    return found
 
 
 def removal(model: Model, tokens: Ints, met: Interaction, head: int, split: Decomposition) -> dict[str, Any] | None:

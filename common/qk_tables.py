@@ -1,4 +1,4 @@
-"""What interventions on a head's parts and on the paths into it found, as rows and sentences for the terminal."""
+"""What the second script found, as rows and sentences for the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from common.qk_interventions import KINDS, THROUGH, WHOLE
 
-COLUMNS = ("replaced", "prefix matching", "loss at repeats", "loss at fresh", "random heads, at repeats")
+TERM_COLUMNS = ("query source", "key source", "part of the lead")
+COLUMNS = ("replaced", "prefix matching", "loss at repeats", "random heads", "loss at fresh")
 MEANINGS = {
     "uniform": "pattern, uniform",
     "pattern": "pattern, another row's",
@@ -19,25 +20,48 @@ MEANINGS = {
 }
 
 
+def lead_sentence(decomposed: dict[str, Any]) -> str:
+    """Which cells were decomposed, and how far they lead."""
+    which = f"{len(decomposed['cells'])} {decomposed['cells_are']} of text {decomposed['text']}"
+    return (
+        f"Head {decomposed['head']} on {which}: ahead of the other tokens in sight by {decomposed['lead']:.2f}, made of"
+    )
+
+
+def term_lines(decomposed: dict[str, Any]) -> list[list[str]]:
+    """The largest terms of a decomposition."""
+    return [[term["query"], term["key"], f"{term['value']:.2f}"] for term in decomposed["terms"]]
+
+
+def composition_sentence(composition: dict[str, Any]) -> str:
+    """The strongest pair of a previous-token head and an induction head that reads it, by their weights."""
+    pair, limit = composition["previous_token_to_induction"], composition["z_limit"]
+    chance = f"{pair['baseline']:.3f} by chance, z = {pair['z']:.1f} (above {limit:.1f} counts)"
+    return f"K-composition {pair['writes']} → {pair['reads']}: {pair['score']:.3f}, {chance}"
+
+
 def part_lines(effects: Sequence[dict[str, Any]], head: str) -> list[list[str]]:
-    """One line per kind of intervention on the head: the change of each metric, with its interval, and the control."""
+    """One line per kind of intervention on the head: the change of prefix matching and of the loss at repeats, each
+    with its interval, that of the latter on random heads, and the change of the loss at fresh tokens."""
     of = {(one["name"], one["metric"]): one for one in effects if one["head"] == head}
     lines = []
     for kind in (kind for kind in KINDS if (kind, "prefix_matching") in of):
         measured = [of[kind, metric] for metric in ("prefix_matching", "loss_at_repeats", "loss_at_fresh")]
         control = measured[1]["control"]
         beside = f"{control['effect']:+.2f}" if control else "none left"
-        lines.append([MEANINGS[kind], *(_with_interval(one) for one in measured), beside])
+        own, repeats, fresh = measured
+        lines.append([MEANINGS[kind], _with_interval(own), _with_interval(repeats), beside, f"{fresh['effect']:+.2f}"])
     return lines
 
 
-def part_title(effects: Sequence[dict[str, Any]], head: str) -> str:
+def part_sentence(effects: Sequence[dict[str, Any]], head: str) -> str:
     """What the lines are about, and the level of each metric before."""
     clean = {one["metric"]: one for one in effects if one["head"] == head}
-    pattern, repeats, fresh = (clean[f"{metric}"] for metric in ("prefix_matching", "loss_at_repeats", "loss_at_fresh"))
+    pattern, repeats, fresh = (clean[metric] for metric in ("prefix_matching", "loss_at_repeats", "loss_at_fresh"))
     return (
-        f"Head {head}, one part replaced: change over {pattern['rows']} rows (before: prefix matching "
-        f"{pattern['clean']:.2f}, loss at repeats {repeats['clean']:.2f}, at fresh tokens {fresh['clean']:.2f})"
+        f"Head {head}, one part replaced (before: prefix matching {pattern['clean']:.2f}, loss {repeats['clean']:.2f} at "
+        f"repeats, {fresh['clean']:.2f} at fresh tokens):\nchange over {pattern['rows']} rows [95 % interval], and that "
+        "of the loss at repeats on random heads of the layer"
     )
 
 
@@ -57,7 +81,7 @@ def path_sentence(effects: Sequence[dict[str, Any]]) -> str | None:
     shares = {which: effect / whole[sender] for (of, which), effect in moved.items() if of == sender}
     said = [
         f"its path into the {part} carries {_share(shares, f'path to {part}{THROUGH}')} of that "
-        f"(directly, past the MLPs, {_share(shares, f'path to {part}')})"
+        f"({_share(shares, f'path to {part}')} past the MLPs)"
         for part in ("key", "query")
     ]
     return (
@@ -79,9 +103,9 @@ def removal_sentence(decomposed: dict[str, Any]) -> str | None:
 
 
 def _share(shares: dict[str, float], which: str) -> str:
-    return f"{shares[which]:.0%}" if which in shares else "an amount not measured"
+    return f"{round(100 * shares[which])} %" if which in shares else "an unknown share"
 
 
 def _with_interval(one: dict[str, Any]) -> str:
     low, high = one["interval"]
-    return f"{one['effect']:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{one['effect']:+.2f} [{low:+.2f}, {high:+.2f}]"
