@@ -147,7 +147,7 @@ def part_bars(axes: Axes, effects: Sequence[dict[str, Any]], metrics: Sequence[s
 def parts_figure(effects: Sequence[dict[str, Any]], title: str) -> Figure:
     """What one head's attention, and the model's loss, do when one part of the head is replaced."""
     clean = {one["metric"]: one["clean"] for one in effects}
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.2), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.4), sharey=True, layout="constrained")
     part_bars(axes[0], effects, ["prefix_matching"])
     axes[0].set(xlabel="change of prefix matching, 95 % interval over rows")
     axes[0].set_title(f"its own attention: prefix matching {clean['prefix_matching']:.2f} before", fontsize=10)
@@ -177,20 +177,21 @@ def path_map(axes: Axes, effects: Sequence[dict[str, Any]], metric: str, senders
     limit = limit_of(values)
     signed(axes, values, limit=limit, label=PATH_TITLES[metric])
     write_values(axes, np.where(np.abs(values) >= 0.02 * limit, values, np.nan), limit, 2)
-    paths = values[:, :-1]
-    if np.isfinite(paths).any():
-        row, column = np.unravel_index(int(np.nanargmax(np.abs(paths))), paths.shape)
-        outline(axes, [(int(row), int(column))])
+    title = PATH_TITLES[metric]
+    if strongest := strongest_path(values):
+        outline(axes, [strongest])
+        which = columns[strongest[1]].removeprefix("path to ")
+        title += f"\nstrongest path: {senders[strongest[0]]} → {which}, {values[strongest]:+.2f}"
     label_tokens(axes, senders, [_column_label(which) for which in columns])
     axes.tick_params(axis="x", rotation=0, labelsize=8)
     for edge in (2.5, 5.5):
         axes.axvline(edge, color="0.3", linewidth=1.0)
-    for place, heading in ((1, "direct path"), (4, "and through MLPs"), (6, "all")):
+    for place, heading in ((1, "direct path"), (4, "through MLPs too"), (6, "all")):
         axes.annotate(heading, (place, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), ha="center", fontsize=8,
                       textcoords="offset points")  # fmt: skip
     axes.set(ylabel="sender (mean-ablated)")
     axes.set_aspect("auto")
-    axes.set_title(PATH_TITLES[metric], fontsize=10, pad=18)
+    axes.set_title(title, fontsize=10, pad=18)
     return axes
 
 
@@ -204,6 +205,15 @@ def path_values(effects: Sequence[dict[str, Any]], metric: str, senders: Sequenc
     return values
 
 
+def strongest_path(values: Floats) -> tuple[int, int] | None:
+    """(row, column) of the largest effect of a path, whatever its sign; the last column, the whole sender, is none."""
+    paths = np.nan_to_num(values[:, :-1])
+    if not paths.any():
+        return None
+    row, column = np.unravel_index(int(np.abs(paths).argmax()), paths.shape)
+    return int(row), int(column)
+
+
 def _column_label(which: str) -> str:
     return "sender" if which == WHOLE else which.removeprefix("path to ").removesuffix(THROUGH)
 
@@ -214,7 +224,7 @@ def path_figure(effects: Sequence[dict[str, Any]], title: str) -> Figure:
     size = [np.nanmax(np.abs(path_values(effects, metric, every)), axis=1) for metric in PATH_TITLES]
     weight = sum(of / max(float(of.max()), 1e-9) for of in size)
     senders = [every[place] for place in np.sort(np.argsort(-weight, kind="stable")[:MOST_SENDERS])]
-    height = max(3.0, 0.3 * len(senders) + 2.0)
+    height = max(3.4, 0.3 * len(senders) + 2.4)
     figure, axes = plt.subplots(1, 2, figsize=(12.5, height), layout="constrained")
     for place, metric in zip(axes, PATH_TITLES, strict=True):
         path_map(place, effects, metric, senders)

@@ -28,13 +28,24 @@ for the whole batch, and refuses keys and values of grouped-query models. It ser
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from common.detection import name as head_name
-from common.edits import Change, Edit, GroupedKeyEdit, Head, Intervention, Recordings, Run, ValueEdit, hook_name
+from common.edits import (
+    Change,
+    Edit,
+    GroupedKeyEdit,
+    Head,
+    Intervention,
+    Recordings,
+    Run,
+    ValueEdit,
+    has_lone_mlp,
+    hook_name,
+    mlp_output,
+)
 from common.errors import UserError
 from common.sequences import Cells, Ints, TokenBatch
 
@@ -259,21 +270,15 @@ def _mlp_change(clean: Recordings, layer: int, difference: torch.Tensor) -> torc
     """
     block = clean.model.bridge.blocks[layer]
     complaint = f"the MLP of layer {layer} of '{clean.model.name}' does not read and write the stream after attention"
-    if hook_name(layer, "resid_mid") not in clean.model.bridge.hook_dict:
-        raise UserError(f"{complaint}, but stands beside it: no path runs through it as in other models")
+    if hook_name(layer, "resid_mid") not in clean.model.bridge.hook_dict or not has_lone_mlp(block):
+        raise UserError(f"{complaint} and nothing else: paths through MLPs cannot be made on its architecture")
     clean.fetch({(layer, point) for point in ("resid_pre", "attn_out", "resid_mid", "resid_post")})
     middle, after = clean.get(layer, "resid_mid"), clean.get(layer, "resid_post")
     check_same(clean.get(layer, "resid_pre") + clean.get(layer, "attn_out"), middle, complaint)
     with torch.no_grad():
-        made, changed = (_fed(block, stream) for stream in (middle, middle + difference))
+        made, changed = (mlp_output(block, stream) for stream in (middle, middle + difference))
     check_same(middle + made, after, complaint)
     return changed - made
-
-
-def _fed(block: Any, middle: torch.Tensor) -> torch.Tensor:
-    """What a block's MLP makes of the stream after attention."""
-    out = block.mlp(block.ln2(middle))
-    return out[0] if isinstance(out, tuple) else out
 
 
 def without_source(sources: Sequence[Head], receivers: Sequence[Head], part: str, clean: Recordings) -> Intervention:

@@ -603,7 +603,7 @@ def _decomposition(
     query, key = (np.array(places, dtype=np.int64) for places in zip(*cells, strict=True))
     others = _other_keys(rules.visible[0], query, key)
     against = split.k[:, key] - np.einsum("cp,spd->scd", others, split.k)
-    lead = products[query, key] - (others * products[query]).sum(-1)
+    lead = leads(products, rules.visible[0], query, key)
     raw = rules.scale * _mean_products(split.q[:, query], split.k[:, key])
     terms = rules.scale * _mean_products(split.q[:, query], against)
     summed = rules.scale * split.q[:, query].sum(0)
@@ -613,6 +613,12 @@ def _decomposition(
     return Decomposition(
         split.sources, where, kind, raw, terms, float(products[query, key].mean()), float(lead.mean()), error
     )
+
+
+def leads(products: Floats, visible: Bools, query: Ints, key: Ints) -> Floats:
+    """[cells]: each cell's entry of `products` [query, key], less the mean over the other keys in sight of its query,
+    BOS and the query's other cells left out."""
+    return products[query, key] - (_other_keys(visible, query, key) * products[query]).sum(-1)
 
 
 def _other_keys(visible: Bools, query: Ints, key: Ints) -> Floats:

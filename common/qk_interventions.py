@@ -11,8 +11,8 @@ On battery rows that no other part of the project draws:
    receiver; MLPs in between as they are (direct), or recomputed. Beside it the sender ablated for all that reads it.
    Measured: the receiver's prefix matching, which its values cannot change, and the loss at repeats. Control: all other
    heads of the sender's layer.
-3. Predict, intervene, compare: the decomposition (common/qk.py) says what a score loses with one key source; take the
-   source away and measure it.
+3. Predict, intervene, compare: the decomposition (common/qk.py) says what a score, and its lead, lose with one key
+   source; take the source away and measure it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from common.interventions import (
     without_source,
 )
 from common.models import Model
-from common.qk import Decomposition, Interaction, interact, readers
+from common.qk import Decomposition, Interaction, interact, leads, readers
 from common.sequences import Battery, Floats, Ints, battery
 from common.survey import ROW_LENGTH, Progress, silent
 
@@ -274,10 +274,11 @@ def removals(
 
 
 def removal(model: Model, tokens: Ints, met: Interaction, head: int, split: Decomposition) -> dict[str, Any] | None:
-    """What the decomposition says the score of its cells changes by without its strongest key source that is a head,
-    and what it changes by: {source, predicted, measured, relative_error}, in score units, a mean over the cells.
+    """What the decomposition says its cells lose without the strongest key source that is a head, and what they lose.
 
-    LayerNorm's scale is frozen in both. `tokens`: the row [pos] of the decomposition; `met`: its layer there. None
+    {source, predicted, measured: change of the lead; score_predicted, score_measured: of the score itself;
+    relative_error: the larger error of both, relative to the predicted change of the lead}; means over the cells, in
+    score units, LayerNorm's scale frozen. `tokens`: the row [pos] of the decomposition; `met`: its layer there. None
     where no earlier head is among the sources. Raises UserError where keys are normed once more, head by head: what is
     left of a key would then be normed anew.
     """
@@ -291,15 +292,30 @@ def removal(model: Model, tokens: Ints, met: Interaction, head: int, split: Deco
         )
     strongest = max(columns, key=lambda column: abs(split.terms[:, column].sum()))
     source = split.sources[strongest]
-    predicted = -float(split.raw[:, strongest].sum())
-    clean = Recordings(model, tokens[None])
-    removed = _shared_key(without_source([earlier[source]], [(met.layer, head)], "k", clean))
+    predicted = {"lead": -float(split.terms[:, strongest].sum()), "score": -float(split.raw[:, strongest].sum())}
+    measured = _without(model, tokens, met, head, earlier[source], split.cells)
+    off = max(abs(measured[of] - predicted[of]) for of in predicted)
+    return {
+        "source": source,
+        "predicted": predicted["lead"],
+        "measured": measured["lead"],
+        "score_predicted": predicted["score"],
+        "score_measured": measured["score"],
+        "relative_error": off / max(abs(predicted["lead"]), np.finfo(float).tiny),
+    }
+
+
+def _without(
+    model: Model, tokens: Ints, met: Interaction, head: int, source: Head, cells: Sequence[tuple[int, int]]
+) -> dict[str, float]:
+    """The mean change of lead and score over the cells with the source taken out of the head's key."""
+    removed = _shared_key(without_source([source], [(met.layer, head)], "k", Recordings(model, tokens[None])))
     with applied(model, removed):
         changed = interact(model, tokens[None], met.layer)
-    query, key = np.array(split.cells).T
-    measured = float((changed.products - met.products)[0, head, query, key].mean())
-    off = abs(measured - predicted) / max(abs(predicted), np.finfo(float).tiny)
-    return {"source": source, "predicted": predicted, "measured": measured, "relative_error": off}
+    query, key = np.array(cells).T
+    products = (changed.products - met.products)[0, head]
+    lead = leads(products, met.rules.visible[0], query, key)
+    return {"lead": float(lead.mean()), "score": float(products[query, key].mean())}
 
 
 def _shared_key(intervention: Intervention) -> Intervention:

@@ -59,9 +59,9 @@ def part_sentence(effects: Sequence[dict[str, Any]], head: str) -> str:
     clean = {one["metric"]: one for one in effects if one["head"] == head}
     pattern, repeats, fresh = (clean[metric] for metric in ("prefix_matching", "loss_at_repeats", "loss_at_fresh"))
     return (
-        f"Head {head}, one part replaced (before: prefix matching {pattern['clean']:.2f}, loss {repeats['clean']:.2f} at "
-        f"repeats, {fresh['clean']:.2f} at fresh tokens):\nchange over {pattern['rows']} rows [95 % interval], and that "
-        "of the loss at repeats on random heads of the layer"
+        f"Head {head}, one part replaced (before: prefix matching {pattern['clean']:.2f}, loss {repeats['clean']:.2f} "
+        f"at repeats, {fresh['clean']:.2f} at fresh tokens):\nchange over {pattern['rows']} rows [95 % interval], and "
+        "that of the loss at repeats on random heads of the layer"
     )
 
 
@@ -96,9 +96,9 @@ def removal_sentence(decomposed: dict[str, Any]) -> str | None:
     if not found or "predicted" not in found:
         return None
     return (
-        f"Without {found['source']} in its key, the score of {decomposed['head']} on these cells changes by "
-        f"{found['measured']:+.4f}; its decomposition predicts {found['predicted']:+.4f} "
-        f"(off by {found['relative_error']:.0e} of it)."
+        f"Without {found['source']} in its key, the lead changes by {found['measured']:+.4f}, where the decomposition "
+        f"predicts {found['predicted']:+.4f} (off by {found['relative_error']:.0e} of it); the score by "
+        f"{found['score_measured']:+.4f}, predicted {found['score_predicted']:+.4f}."
     )
 
 

@@ -207,7 +207,7 @@ def test_a_path_through_mlps_of_the_next_layer_alone_passes_the_senders_mlp(rand
 
 
 def test_where_mlps_stand_beside_the_heads_no_path_runs_through_them(loaded, drawn):
-    with pytest.raises(UserError, match="stands beside it"):
+    with pytest.raises(UserError, match="paths through MLPs cannot be made"):
         interventions.path(
             interventions.zero([(0, 1)]), [(1, 3)], "k", recorded(loaded["neox"], drawn.repeats), through_mlps=True
         )
