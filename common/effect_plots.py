@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from common.ablation import Ablation
 from common.detection import LEAST_EFFECT, name
@@ -138,6 +138,9 @@ def part_bars(axes: Axes, effects: Sequence[dict[str, Any]], metrics: Sequence[s
             _point(axes, place + shift, found[kind, metric], marker, colour)
     axes.set_yticks(range(len(shown)), [PARTS[kind] for kind in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, -LEAST_EFFECT), max(high, LEAST_EFFECT))  # what does not matter shall not look large
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.axvline(0, color="0.7", linewidth=0.8)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
@@ -181,12 +184,15 @@ def path_map(axes: Axes, effects: Sequence[dict[str, Any]], metric: str, senders
     if strongest := strongest_path(values):
         outline(axes, [strongest])
         which = columns[strongest[1]].removeprefix("path to ")
-        title += f"\nstrongest path: {senders[strongest[0]]} → {which}, {values[strongest]:+.2f}"
+        way = "" if which.endswith(THROUGH) else ", direct"
+        title += f"\nstrongest path: {senders[strongest[0]]} → {which}{way}: {values[strongest]:+.2f}"
     label_tokens(axes, senders, [_column_label(which) for which in columns])
     axes.tick_params(axis="x", rotation=0, labelsize=8)
     for edge in (2.5, 5.5):
         axes.axvline(edge, color="0.3", linewidth=1.0)
-    for place, heading in ((1, "direct path"), (4, "through MLPs too"), (6, "all")):
+    for place, heading in ((1, "direct path"), (4, "through MLPs too"), (6, "whole sender")):
+        if np.isnan(values[:, place]).all():
+            heading += ": not measured"
         axes.annotate(heading, (place, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), ha="center", fontsize=8,
                       textcoords="offset points")  # fmt: skip
     axes.set(ylabel="sender (mean-ablated)")
@@ -215,7 +221,7 @@ def strongest_path(values: Floats) -> tuple[int, int] | None:
 
 
 def _column_label(which: str) -> str:
-    return "sender" if which == WHOLE else which.removeprefix("path to ").removesuffix(THROUGH)
+    return "all paths" if which == WHOLE else which.removeprefix("path to ").removesuffix(THROUGH)
 
 
 def path_figure(effects: Sequence[dict[str, Any]], title: str) -> Figure:
@@ -231,8 +237,8 @@ def path_figure(effects: Sequence[dict[str, Any]], title: str) -> Figure:
     cut = f" ({len(senders)} of {len(every)} earlier heads)" if len(senders) < len(every) else ""
     figure.suptitle(title + cut, fontsize=11)
     figure.supxlabel(
-        "Direct: the MLPs in between as they are; through MLPs: recomputed; all: the sender ablated for all that reads "
-        "it. Framed: the strongest path.\nValues cannot change where the receiver attends.",
+        "Direct: the MLPs in between as they are; through MLPs: recomputed; whole sender: ablated for all that "
+        "reads it. Framed: the strongest path.\nValues cannot change where the receiver attends.",
         fontsize=8,
     )
     return figure

@@ -8,7 +8,7 @@ from typing import Any
 from common.qk_interventions import KINDS, THROUGH, WHOLE
 
 TERM_COLUMNS = ("query source", "key source", "part of the lead")
-COLUMNS = ("replaced", "prefix matching", "loss at repeats", "random heads", "loss at fresh")
+COLUMNS = ("replaced", "prefix matching", "loss at repeats", "random heads", "at fresh")
 MEANINGS = {
     "uniform": "pattern, uniform",
     "pattern": "pattern, another row's",
@@ -48,9 +48,9 @@ def part_lines(effects: Sequence[dict[str, Any]], head: str) -> list[list[str]]:
     for kind in (kind for kind in KINDS if (kind, "prefix_matching") in of):
         measured = [of[kind, metric] for metric in ("prefix_matching", "loss_at_repeats", "loss_at_fresh")]
         control = measured[1]["control"]
-        beside = f"{control['effect']:+.2f}" if control else "none left"
+        beside = _signed(control["effect"]) if control else "none left"
         own, repeats, fresh = measured
-        lines.append([MEANINGS[kind], _with_interval(own), _with_interval(repeats), beside, f"{fresh['effect']:+.2f}"])
+        lines.append([MEANINGS[kind], _with_interval(own), _with_interval(repeats), beside, _signed(fresh["effect"])])
     return lines
 
 
@@ -81,7 +81,7 @@ def path_sentence(effects: Sequence[dict[str, Any]]) -> str | None:
     shares = {which: effect / whole[sender] for (of, which), effect in moved.items() if of == sender}
     said = [
         f"its path into the {part} carries {_share(shares, f'path to {part}{THROUGH}')} of that "
-        f"({_share(shares, f'path to {part}')} past the MLPs)"
+        f"({_share(shares, f'path to {part}')} where the MLPs in between stay as they are)"
         for part in ("key", "query")
     ]
     return (
@@ -108,4 +108,10 @@ def _share(shares: dict[str, float], which: str) -> str:
 
 def _with_interval(one: dict[str, Any]) -> str:
     low, high = one["interval"]
-    return f"{one['effect']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{_signed(one['effect'])} [{_signed(low)}, {_signed(high)}]"
+
+
+def _signed(value: float) -> str:
+    """Two digits and a sign, but for what is 0.00."""
+    text = f"{value:+.2f}"
+    return text if float(text) else "0.00"

@@ -273,6 +273,6 @@ def test_lines_and_sentences_say_what_was_measured(done):
     assert "prefix matching 0.95" in qk_tables.part_sentence(done.effects, "1.0")
     said = qk_tables.path_sentence(done.effects)
     assert said.startswith("Without 0.0 the prefix matching of 1.0 changes by -0.9")
-    assert "its path into the key carries 100 % of that (100 % past the MLPs)" in said
+    assert "its path into the key carries 100 % of that (100 % where the MLPs in between stay as they are)" in said
     assert qk_tables.path_sentence([one for one in done.effects if "sender" not in one]) is None
     assert qk_tables.part_lines([], "1.0") == []
