@@ -59,17 +59,19 @@ def find_induction_heads(args: argparse.Namespace) -> None:
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
     report.say(f"loading --model {args.model} …")
-    from common import attribution, models, tables
+    from common import attribution, batching, models, tables
     from common.detection import name
-    from common.survey import survey
+    from common.survey import ROW_LENGTH, survey
     from common.texts import score_text
 
     model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
     encoded = cli.encode(model, texts)
-    labels = choose_labels(model, args)
+    longest = max(ROW_LENGTH, *(len(tokens) for _, tokens in encoded))
+    batch_size = args.batch_size or batching.batch_size(model, longest)
+    labels = choose_labels(model, args, batch_size)
     out = args.out or Path("outputs") / model.name / PROGRAM
-    options = {"seed": args.seed, "batch_size": args.batch_size, "threshold": args.threshold}
+    options = {"seed": args.seed, "batch_size": batch_size, "threshold": args.threshold}
     with report.output_folder(out) as folder:
         measured = survey(model, **options, progress=report.progress)
         quality = evaluate(measured, labels)
@@ -95,11 +97,11 @@ def find_induction_heads(args: argparse.Namespace) -> None:
     print_summary(results, measured, quality, out)
 
 
-def choose_labels(model: Model, args: argparse.Namespace) -> Labels | None:
+def choose_labels(model: Model, args: argparse.Namespace, batch_size: int) -> Labels | None:
     """What to evaluate against, if anything; read before the long work, so that a wrong file is said at once."""
     from common import causal, labels
 
-    measure = partial(causal.measure, model, batch_size=args.batch_size, seed=args.seed, progress=report.progress)
+    measure = partial(causal.measure, model, batch_size=batch_size, seed=args.seed, progress=report.progress)
     return labels.choose(args.labels, model, lambda: measure().labels())
 
 

@@ -1,24 +1,27 @@
 """Scores of every head, summed as the forward pass goes by: no pattern is kept, no logits are computed.
 
-1. Hook the attention pattern of every layer.
-2. In each hook, read the cells of each head type and add them up per row and head.
-3. Leave the forward pass in the last layer's hook: what follows (its output, the unembedding) is not needed.
+1. Run the model's trunk, which shows each layer's pattern some queries at a time (common/trunk.py), or where there is
+   none the bridge, which shows it whole.
+2. Of each block read the cells of all head types at once, add them up per query, then per row, on the model's device.
+3. Leave the forward pass in the last layer: what follows (its output, the unembedding) is not needed.
 
-Sums are kept in float64 with their counts and divided once, so the batch size does not change a score.
+Sums are kept in float64 (but on devices without it) with their counts and divided once, so neither the batch size nor
+the blocks change a score.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from common.batching import in_batches
 from common.models import Model, read_patterns
-from common.sequences import BUDGET, Battery, Cells, Floats, TokenBatch
+from common.sequences import BUDGET, Battery, Cells, Floats, Ints, TokenBatch
 from common.statistics import RowSums
+from common.trunk import BlockReader
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,12 @@ def score(
 
     `batch.tokens`: [rows, pos] ids, at most `model.context` long.
     """
-    parts = []
-    for start in range(0, len(batch.tokens), batch_size):
-        part = batch.rows(start, start + batch_size)
-        parts.append(_score_at_once(model, part))
-        advance(len(part.tokens))
+    parts = in_batches(lambda rows: _score_at_once(model, batch.rows(*rows)), len(batch.tokens), batch_size, advance)
+    sums, squares = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
     summed = {}
-    for kind, cells in batch.cells.items():
+    for kind, cells, its_sums, its_squares in zip(batch.cells, batch.cells.values(), sums, squares, strict=True):
         counts = np.bincount(cells.group_row, minlength=len(batch.tokens))
-        sums, squares = (np.concatenate([part[which][kind] for part in parts]) for which in (0, 1))
-        summed[kind] = RowSums(sums, squares, counts)
+        summed[kind] = RowSums(its_sums, its_squares, counts)
     return HeadScores(summed, {kind: cells.chance() for kind, cells in batch.cells.items()})
 
 
@@ -84,21 +83,17 @@ def score_battery(
 
 def per_query(model: Model, batch: TokenBatch, *, batch_size: int) -> Floats:
     """What each query with a target pays to its targets, [queries, layers, heads]; by row, then by query."""
-    parts = []
-    for start in range(0, len(batch.tokens), batch_size):
-        part = batch.rows(start, start + batch_size)
+
+    def at_once(rows: tuple[int, int]) -> Floats:
+        part = batch.rows(*rows)
         cells = part.cells["prefix_matching"]
-        paid = np.zeros((len(cells.group_row), model.n_layers, model.n_heads))
+        every = np.arange(len(cells.group_row))
+        return _summed(model, part.tokens, _Reads.of([cells], [every], n_totals=len(every)))[0]
 
-        def keep(layer: int, pattern: torch.Tensor, cells: Cells = cells, paid: Floats = paid) -> None:
-            paid[:, layer] = _attention_per_query(pattern, cells)
-
-        read_patterns(model, part.tokens, keep)
-        parts.append(paid)
-    return np.concatenate(parts)
+    return np.concatenate(in_batches(at_once, len(batch.tokens), batch_size))
 
 
-def patterns(model: Model, tokens: NDArray[np.int64], wanted: Sequence[tuple[int, int | None]]) -> list[Floats]:
+def patterns(model: Model, tokens: Ints, wanted: Sequence[tuple[int, int | None]]) -> list[Floats]:
     """The attention patterns on one row of ids that `wanted` names, each [query, key].
 
     A wanted (layer, head) is that head's pattern, (layer, None) the mean over the heads of the layer.
@@ -115,27 +110,81 @@ def patterns(model: Model, tokens: NDArray[np.int64], wanted: Sequence[tuple[int
     return [kept[which] for which in wanted]
 
 
-def _score_at_once(model: Model, batch: TokenBatch) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """Sums and squares per head type, [rows, layers, heads], in one forward pass."""
+def _score_at_once(model: Model, batch: TokenBatch) -> tuple[Floats, Floats]:
+    """Sums and squares, [head types, rows, layers, heads] each, in one forward pass."""
     rows = len(batch.tokens)
-    shape = (rows, model.n_layers, model.n_heads)
-    sums = {name: np.zeros(shape) for name in batch.cells}
-    squares = {name: np.zeros(shape) for name in batch.cells}
-
-    def add(layer: int, pattern: torch.Tensor) -> None:
-        for name, cells in batch.cells.items():
-            attention = _attention_per_query(pattern, cells)
-            np.add.at(sums[name][:, layer], cells.group_row, attention)
-            np.add.at(squares[name][:, layer], cells.group_row, attention**2)
-
-    read_patterns(model, batch.tokens, add)
-    return sums, squares
+    kinds = list(batch.cells.values())
+    totals = [number * rows + cells.group_row for number, cells in enumerate(kinds)]
+    sums, squares = _summed(model, batch.tokens, _Reads.of(kinds, totals, n_totals=len(kinds) * rows))
+    shape = (len(kinds), rows, *sums.shape[1:])
+    return sums.reshape(shape), squares.reshape(shape)
 
 
-def _attention_per_query(pattern: torch.Tensor, cells: Cells) -> Floats:
-    """What each (row, query) pays to its cells, [groups, heads], from [batch, head, query, key]."""
-    row, query, key = (torch.from_numpy(index).to(pattern.device) for index in (cells.row, cells.query, cells.key))
-    read = pattern[row, :, query, key].double().cpu().numpy()
-    paid = np.zeros((len(cells.group_row), pattern.shape[1]))
-    np.add.at(paid, cells.group, read)
-    return paid
+@dataclass(frozen=True)
+class _Block:
+    """Cells to read from a block of a pattern, each [cells]: `row`, `query` (from the block's first), `key`, and `group`,
+    which numbers their queries; `total` [groups] says which sum a query's attention goes to."""
+
+    row: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    group: torch.Tensor
+    total: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Cells of any kinds, as in `Cells`, and for each group the number of the sum, one of `n_totals`, that it goes to:
+    `total` [groups]."""
+
+    row: Ints
+    query: Ints
+    key: Ints
+    group: Ints
+    total: Ints
+    n_totals: int
+    found: dict[tuple[int, int], _Block] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kinds: Sequence[Cells], totals: Sequence[Ints], *, n_totals: int) -> _Reads:
+        """The cells of all kinds; `totals` has the sums of each kind's groups."""
+        before = np.cumsum([0, *(len(cells.group_row) for cells in kinds)])
+        group = [cells.group + offset for cells, offset in zip(kinds, before, strict=False)]
+        row, query, key = (np.concatenate([getattr(cells, of) for cells in kinds]) for of in ("row", "query", "key"))
+        return cls(row, query, key, np.concatenate(group), np.concatenate(totals), n_totals)
+
+    def block(self, start: int, stop: int, device: torch.device) -> _Block:
+        """What is to be read of queries `start` to `stop` - 1; kept, since every layer asks for it."""
+        if (start, stop) not in self.found:
+            inside = (self.query >= start) & (self.query < stop)
+            groups, group = np.unique(self.group[inside], return_inverse=True)
+            arrays = (self.row[inside], self.query[inside] - start, self.key[inside], group, self.total[groups])
+            self.found[start, stop] = _Block(*(torch.from_numpy(array).to(device) for array in arrays))
+        return self.found[start, stop]
+
+
+def _summed(model: Model, tokens: Ints, reads: _Reads) -> tuple[Floats, Floats]:
+    """Per total, what its queries pay to their cells, summed, and the squares of what each query pays, summed: both
+    [totals, layers, heads]."""
+    exact = torch.float32 if model.device.type == "mps" else torch.float64
+    shape = (model.n_layers, reads.n_totals, model.n_heads)
+    sums, squares = (torch.zeros(shape, dtype=exact, device=model.device) for _ in range(2))
+
+    def add(layer: int, start: int, pattern: torch.Tensor) -> None:
+        block = reads.block(start, start + pattern.shape[2], pattern.device)
+        read = pattern[block.row, :, block.query, block.key].to(exact)
+        paid = read.new_zeros(len(block.total), model.n_heads).index_add_(0, block.group, read)
+        sums[layer].index_add_(0, block.total, paid)
+        squares[layer].index_add_(0, block.total, paid.square())
+
+    _read_blocks(model, tokens, add)
+    total, square = (of.movedim(0, 1).double().cpu().numpy() for of in (sums, squares))
+    return total, square
+
+
+def _read_blocks(model: Model, tokens: Ints, read_block: BlockReader) -> None:
+    """Run [batch, pos] ids and show every layer's pattern, from the trunk in blocks or from the bridge whole."""
+    if model.trunk:
+        model.trunk.read(torch.from_numpy(tokens).to(model.device), read_block)
+    else:
+        read_patterns(model, tokens, lambda layer, pattern: read_block(layer, 0, pattern))
