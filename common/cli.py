@@ -68,9 +68,7 @@ def shared_parser(description: str) -> Parser:
     out.add_argument("--out", type=Path, metavar="DIR", help="output folder (default outputs/<model>/<script>)")
     out.add_argument("--no-plots", action="store_true", help="numbers only, no pictures")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model's own Python code run")
-    parser.add_argument(
-        "--debug", action="store_true", help="show the traceback of an error, and what else is worth a look"
-    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and what is worth a look")
     return parser
 
 
@@ -94,7 +92,7 @@ def whole_number(text: str) -> int:
 
 
 def rows_at_once(text: str) -> int | None:
-    """`auto` (None: chosen once the model is there) or a number of rows; raises argparse.ArgumentTypeError otherwise."""
+    """`auto` (None: chosen when the model is there) or a number of rows; argparse.ArgumentTypeError otherwise."""
     return None if text == "auto" else positive(text)
 
 

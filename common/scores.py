@@ -122,8 +122,8 @@ def _score_at_once(model: Model, batch: TokenBatch) -> tuple[Floats, Floats]:
 
 @dataclass(frozen=True)
 class _Block:
-    """Cells to read from a block of a pattern, each [cells]: `row`, `query` (from the block's first), `key`, and `group`,
-    which numbers their queries; `total` [groups] says which sum a query's attention goes to."""
+    """Cells to read from a block of a pattern, each [cells]: `row`, `query` (from the block's first), `key`, `group`,
+    which numbers their queries. `total` [groups] says which sum a query's attention goes to."""
 
     row: torch.Tensor
     query: torch.Tensor
