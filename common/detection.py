@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from common.statistics import RowSums, bootstrap_weights, percentile_interval, resampled_mean
 
@@ -146,7 +146,7 @@ def deviations(heads: int, precision: Precision) -> float:
 
     A head that ignores the repeat passes with a probability of `FALSE_POSITIVES / heads` at the most (Student's t).
     """
-    return max(LEAST_DEVIATIONS, float(student.isf(FALSE_POSITIVES / heads, precision.freedom)) * precision.error)
+    return max(LEAST_DEVIATIONS, float(-stdtrit(precision.freedom, FALSE_POSITIVES / heads)) * precision.error)
 
 
 def _attention(
