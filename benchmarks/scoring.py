@@ -139,7 +139,8 @@ def save_random_gpt2(folder: Path) -> None:
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(models.MINI)
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.bos_token_id}
-    GPT2LMHeadModel(GPT2Config(**special)).save_pretrained(folder)
+    # twice GPT-2's positions, because detect_head wants a context longer than its row
+    GPT2LMHeadModel(GPT2Config(n_positions=2048, **special)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -12,7 +12,7 @@ the blocks change a score.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ def per_query(model: Model, batch: TokenBatch, *, batch_size: int) -> Floats:
         part = batch.rows(*rows)
         cells = part.cells["prefix_matching"]
         every = np.arange(len(cells.group_row))
-        return _summed(model, part.tokens, _Reads.of([cells], [every], n_totals=len(every)))[0]
+        return _summed(model, part.tokens, _Reads.of(model, part, [cells], [every]), len(every))[0]
 
     return np.concatenate(in_batches(at_once, len(batch.tokens), batch_size))
 
@@ -115,67 +115,72 @@ def _score_at_once(model: Model, batch: TokenBatch) -> tuple[Floats, Floats]:
     rows = len(batch.tokens)
     kinds = list(batch.cells.values())
     totals = [number * rows + cells.group_row for number, cells in enumerate(kinds)]
-    sums, squares = _summed(model, batch.tokens, _Reads.of(kinds, totals, n_totals=len(kinds) * rows))
+    sums, squares = _summed(model, batch.tokens, _Reads.of(model, batch, kinds, totals), len(kinds) * rows)
     shape = (len(kinds), rows, *sums.shape[1:])
     return sums.reshape(shape), squares.reshape(shape)
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Cells to read from a block of a pattern, each [cells]: `row`, `query` (from the block's first), `key`, `group`,
-    which numbers their queries. `total` [groups] says which sum a query's attention goes to."""
-
-    row: torch.Tensor
-    query: torch.Tensor
-    key: torch.Tensor
-    group: torch.Tensor
-    total: torch.Tensor
-
-
-@dataclass(frozen=True)
 class _Reads:
-    """Cells of any kinds, as in `Cells`, and for each group the number of the sum, one of `n_totals`, that it goes to:
-    `total` [groups]."""
+    """Cells of any kinds in the order of their queries, so that those of a block of queries lie side by side.
 
-    row: Ints
-    query: Ints
-    key: Ints
-    group: Ints
-    total: Ints
-    n_totals: int
-    found: dict[tuple[int, int], _Block] = field(default_factory=dict)
+    `cells`: row, query, key and group of each, [4, cells]; a group is the cells of one kind that one query has. `total`:
+    [groups], the number of the sum that each goes to. Before query i come `cells_before[i]` cells and
+    `groups_before[i]` groups.
+    """
+
+    cells: torch.Tensor
+    total: torch.Tensor
+    cells_before: Ints
+    groups_before: Ints
 
     @classmethod
-    def of(cls, kinds: Sequence[Cells], totals: Sequence[Ints], *, n_totals: int) -> _Reads:
-        """The cells of all kinds; `totals` has the sums of each kind's groups."""
-        before = np.cumsum([0, *(len(cells.group_row) for cells in kinds)])
-        group = [cells.group + offset for cells, offset in zip(kinds, before, strict=False)]
+    def of(cls, model: Model, batch: TokenBatch, kinds: Sequence[Cells], totals: Sequence[Ints]) -> _Reads:
+        """The cells of all kinds, with the sums that the groups of each kind go to; on the model's device."""
+        offsets = np.cumsum([0, *(len(cells.group_row) for cells in kinds)])
+        group = np.concatenate([cells.group + offset for cells, offset in zip(kinds, offsets, strict=False)])
         row, query, key = (np.concatenate([getattr(cells, of) for cells in kinds]) for of in ("row", "query", "key"))
-        return cls(row, query, key, np.concatenate(group), np.concatenate(totals), n_totals)
+        query_of_group = np.zeros(offsets[-1], dtype=np.int64)
+        query_of_group[group] = query
+        groups = np.argsort(query_of_group, kind="stable")
+        group = np.argsort(groups)[group]
+        cells = np.argsort(group, kind="stable")
+        every = np.arange(batch.tokens.shape[1] + 1)
+        return cls(
+            cells=torch.from_numpy(np.stack([row, query, key, group])[:, cells]).to(model.device),
+            total=torch.from_numpy(np.concatenate(totals)[groups]).to(model.device),
+            cells_before=np.searchsorted(query[cells], every),
+            groups_before=np.searchsorted(query_of_group[groups], every),
+        )
 
-    def block(self, start: int, stop: int, device: torch.device) -> _Block:
-        """What is to be read of queries `start` to `stop` - 1; kept, since every layer asks for it."""
-        if (start, stop) not in self.found:
-            inside = (self.query >= start) & (self.query < stop)
-            groups, group = np.unique(self.group[inside], return_inverse=True)
-            arrays = (self.row[inside], self.query[inside] - start, self.key[inside], group, self.total[groups])
-            self.found[start, stop] = _Block(*(torch.from_numpy(array).to(device) for array in arrays))
-        return self.found[start, stop]
+    def paid(self, pattern: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the queries of a block from `start` on pay to their cells, [groups, heads], and their totals [groups].
+
+        `pattern`: [batch, head, queries, keys].
+        """
+        stop = start + pattern.shape[2]
+        row, query, key, group = self.cells[:, self.cells_before[start] : self.cells_before[stop]]
+        first, last = self.groups_before[start], self.groups_before[stop]
+        read = pattern[row, :, query - start, key].to(_exact(pattern.device))
+        paid = read.new_zeros(last - first, pattern.shape[1]).index_add_(0, group - first, read)
+        return paid, self.total[first:last]
 
 
-def _summed(model: Model, tokens: Ints, reads: _Reads) -> tuple[Floats, Floats]:
+def _exact(device: torch.device) -> torch.dtype:
+    """What to sum in: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _summed(model: Model, tokens: Ints, reads: _Reads, n_totals: int) -> tuple[Floats, Floats]:
     """Per total, what its queries pay to their cells, summed, and the squares of what each query pays, summed: both
     [totals, layers, heads]."""
-    exact = torch.float32 if model.device.type == "mps" else torch.float64
-    shape = (model.n_layers, reads.n_totals, model.n_heads)
-    sums, squares = (torch.zeros(shape, dtype=exact, device=model.device) for _ in range(2))
+    shape = (model.n_layers, n_totals, model.n_heads)
+    sums, squares = (torch.zeros(shape, dtype=_exact(model.device), device=model.device) for _ in range(2))
 
     def add(layer: int, start: int, pattern: torch.Tensor) -> None:
-        block = reads.block(start, start + pattern.shape[2], pattern.device)
-        read = pattern[block.row, :, block.query, block.key].to(exact)
-        paid = read.new_zeros(len(block.total), model.n_heads).index_add_(0, block.group, read)
-        sums[layer].index_add_(0, block.total, paid)
-        squares[layer].index_add_(0, block.total, paid.square())
+        paid, total = reads.paid(pattern, start)
+        sums[layer].index_add_(0, total, paid)
+        squares[layer].index_add_(0, total, paid.square())
 
     _read_blocks(model, tokens, add)
     total, square = (of.movedim(0, 1).double().cpu().numpy() for of in (sums, squares))
