@@ -472,7 +472,7 @@ def draw(measured: Sequence[Point], path: Path) -> None:
 
 def draw_lines(axes: Any, lines: Sequence[Point], across: str, value: Callable[[Point], float]) -> None:
     """A line per way, on logarithmic axes."""
-    for way, colour, marker in zip(WAYS, COLOURS, "so^v*DP", strict=True):
+    for way, colour, marker in zip(WAYS, COLOURS, "so^v*DP", strict=False):
         mine = sorted((point for point in lines if point.way == way), key=lambda point: getattr(point, across))
         x = [getattr(point, across) for point in mine]
         axes.plot(x, [value(point) for point in mine], color=colour, marker=marker, markersize=5, label=way)

@@ -124,9 +124,9 @@ def _score_at_once(model: Model, batch: TokenBatch) -> tuple[Floats, Floats]:
 class _Reads:
     """Cells of any kinds in the order of their queries, so that those of a block of queries lie side by side.
 
-    `cells`: row, query, key and group of each, [4, cells]; a group is the cells of one kind that one query has. `total`:
-    [groups], the number of the sum that each goes to. Before query i come `cells_before[i]` cells and
-    `groups_before[i]` groups.
+    `cells`: row, query, key and group of each, [4, cells]; a group is the cells of one kind that one query has.
+    `total`: [groups], the number of the sum that each goes to.
+    Before query i come `cells_before[i]` cells and `groups_before[i]` groups.
     """
 
     cells: torch.Tensor
