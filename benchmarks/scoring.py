@@ -458,7 +458,10 @@ def draw(measured: Sequence[Point], path: Path) -> None:
     for column, (across, kept, value) in enumerate((("length", "rows", fewest), ("rows", "length", usual))):
         lines = [point for point in here if getattr(point, kept) == value]
         draw_lines(axes[0, column], lines, across, lambda point: point.seconds)
+        axes[0, column].set(yscale="log")
+        axes[0, column].yaxis.set_major_formatter("{x:g}")
         draw_lines(axes[1, column], lines, across, lambda point: point.peak / MEBIBYTE)
+        axes[1, column].set_ylim(bottom=0)
         what = "row" if value == 1 else "rows" if kept == "rows" else "tokens per row"
         axes[0, column].set_title(f"{value} {what}", fontsize=10)
     axes[0, 0].set_ylabel("seconds (median)")
@@ -471,15 +474,15 @@ def draw(measured: Sequence[Point], path: Path) -> None:
 
 
 def draw_lines(axes: Any, lines: Sequence[Point], across: str, value: Callable[[Point], float]) -> None:
-    """A line per way, on logarithmic axes."""
+    """A line per way, along a logarithmic axis."""
     for way, colour, marker in zip(WAYS, COLOURS, "so^v*DP", strict=False):
         mine = sorted((point for point in lines if point.way == way), key=lambda point: getattr(point, across))
         x = [getattr(point, across) for point in mine]
         axes.plot(x, [value(point) for point in mine], color=colour, marker=marker, markersize=5, label=way)
-    axes.set(xscale="log", yscale="log")
+    axes.set(xscale="log")
     ticks = sorted({getattr(point, across) for point in lines})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
 

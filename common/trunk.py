@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 ATTENTION = "patterns_in_blocks"  # the name that transformers knows our attention function by
-BLOCK = 1 << 20  # numbers of a pattern that stand in memory at once, unless one query has more
+BLOCK = 1 << 19  # numbers of a pattern that stand in memory at once, unless one query has more; stays in a CPU's cache
+BLOCK_GPU = 1 << 25  # the same on a GPU, which small blocks would leave idle
 FURTHER = ("softcap", "s_aux", "position_bias")  # arguments by which transformers asks for more than q k^T
 
 # layer, first query, pattern [batch, head, queries, keys]: keys reach from 0 to the last query of the block
@@ -93,7 +94,8 @@ def blocks(
     `mask`: [batch or 1, 1, pos, pos], true where a query may attend, or None where it may to all before it and itself.
     """
     batch, heads, length, width = query.shape
-    at_once = max(1, BLOCK // (batch * heads * length))
+    most = BLOCK if query.device.type == "cpu" else BLOCK_GPU
+    at_once = max(1, most // (batch * heads * length))
     query, key = query.float() * scale, key.float().transpose(-1, -2)
     for start in range(0, length, at_once):
         stop = min(start + at_once, length)
