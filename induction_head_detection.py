@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from common import cli, report
 
 if TYPE_CHECKING:  # what loads torch, scikit-learn or matplotlib is imported where it is used: --help stays quick
+    from common.ablation import Ablation
     from common.labels import Labels
     from common.metrics import Metrics
     from common.models import Model
@@ -51,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what to evaluate against: a JSON file, the published table, labels measured now by intervention, or none "
         "(default: the model's own labels.json, else the published table where it knows the model)",
     )
+    parser.add_argument(
+        "--ablate",
+        action=argparse.BooleanOptionalAction,
+        help="take the induction heads away and measure what the model loses (default: where it takes under a minute)",
+    )
     return cli.run(find_induction_heads, parser.parse_args(argv), PROGRAM)
 
 
@@ -59,33 +65,36 @@ def find_induction_heads(args: argparse.Namespace) -> None:
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
     report.say(f"loading --model {args.model} …")
-    from common import attribution, batching, models, tables
+    from common import attribution, models, tables
     from common.detection import name
-    from common.survey import ROW_LENGTH, survey
+    from common.survey import survey
     from common.texts import score_text
 
     model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
     encoded = cli.encode(model, texts)
-    longest = max(ROW_LENGTH, *(len(tokens) for _, tokens in encoded))
-    batch_size = args.batch_size or batching.batch_size(model, longest)
-    labels = choose_labels(model, args, batch_size)
+    cli.choose_batch_size(args, model, encoded)
+    labels = choose_labels(model, args)
     out = args.out or Path("outputs") / model.name / PROGRAM
-    options = {"seed": args.seed, "batch_size": batch_size, "threshold": args.threshold}
+    options = {"seed": args.seed, "batch_size": args.batch_size, "threshold": args.threshold}
     with report.output_folder(out) as folder:
         measured = survey(model, **options, progress=report.progress)
         quality = evaluate(measured, labels)
         heads = tables.head_rows(measured, attribution.ov_copying(model))
+        ablated = ablate(model, measured, args, out)
+        tables.add_ablation(heads, ablated)
         on_texts = [(text, tokens, score_text(model, tokens, **options)) for text, tokens in encoded]
         report.write_csv(folder / "heads.csv", heads)
         if not args.no_plots:
             draw(folder, model, measured, labels, on_texts)
+            draw_effects(folder, model, measured, heads, ablated)
         results = {
             **report.provenance(args, model, started),
             "rows": measured.rows,
             "row_length": measured.length,
             "heads": heads,
             "induction_heads": [name(*head) for head in measured.found.ranked()],
+            "ablation": ablated.plain() if ablated else None,
             "metrics": vars(quality) if quality else None,
             "sequences": [
                 tables.text_entry(measured.found, text, model.strings(tokens), on_text)
@@ -94,14 +103,16 @@ def find_induction_heads(args: argparse.Namespace) -> None:
             "files": sorted([*(path.name for path in folder.iterdir()), "results.json"]),
         }
         report.write_json(folder / "results.json", results)
-    print_summary(results, measured, quality, out)
+    print_summary(results, measured, quality, ablated, out)
+    if ablated and ablated.missing:
+        raise KeyboardInterrupt(f"not measured: {', '.join(ablated.missing)}; the rest is written, run again to go on")
 
 
-def choose_labels(model: Model, args: argparse.Namespace, batch_size: int) -> Labels | None:
+def choose_labels(model: Model, args: argparse.Namespace) -> Labels | None:
     """What to evaluate against, if anything; read before the long work, so that a wrong file is said at once."""
     from common import causal, labels
 
-    measure = partial(causal.measure, model, batch_size=batch_size, seed=args.seed, progress=report.progress)
+    measure = partial(causal.measure, model, batch_size=args.batch_size, seed=args.seed, progress=report.progress)
     return labels.choose(args.labels, model, lambda: measure().labels())
 
 
@@ -111,6 +122,19 @@ def evaluate(measured: Survey, labels: Labels | None) -> Metrics | None:
 
     found = measured.found
     return metrics.evaluate(found.induction, found.score, found.resampled, labels) if labels else None
+
+
+def ablate(model: Model, measured: Survey, args: argparse.Namespace, out: Path) -> Ablation | None:
+    """What the model loses without its induction heads; None where there are none, or where it was left out."""
+    from common import ablation
+
+    if args.ablate is False or not measured.found.ranked():
+        return None
+    laboratory = ablation.Laboratory(model, measured.found, seed=args.seed, batch_size=args.batch_size)
+    if args.ablate is None and (seconds := laboratory.seconds()) > ablation.PATIENCE:
+        report.say(f"ablation left out: it would take about {seconds / 60:.0f} minutes; --ablate does it")
+        return None
+    return ablation.ablate(laboratory, report.earlier_results(out).get("ablation"), report.progress)
 
 
 def draw(folder: Path, model: Model, measured: Survey, labels: Labels | None, on_texts: Sequence[Any]) -> None:
@@ -134,6 +158,19 @@ def draw(folder: Path, model: Model, measured: Survey, labels: Labels | None, on
         plots.save(figure, folder / f"attention_{number:02d}.png")
 
 
+def draw_effects(
+    folder: Path, model: Model, measured: Survey, heads: Sequence[dict[str, Any]], ablated: Ablation | None
+) -> None:
+    """Score against effect for every head, and what the model loses without its induction heads."""
+    from common import effect_plots, plots
+
+    figure = effect_plots.scatter_figure(heads, f"{model.name}: looking like induction, and doing it")
+    plots.save(figure, folder / "effects.png")
+    if ablated and ablated.effects:
+        figure = effect_plots.ablation_figure(ablated, f"{model.name}: without its induction heads")
+        plots.save(figure, folder / "ablation.png")
+
+
 def text_panels(model: Model, measured: Survey, tokens: Ints, on_text: TextScores) -> list[tuple[str, Floats]]:
     """What to draw of a text, as (title, pattern): its strongest induction heads, and the mean over a layer's heads."""
     from common import scores, tables
@@ -152,7 +189,9 @@ def text_panels(model: Model, measured: Survey, tokens: Ints, on_text: TextScore
     return list(zip(titles, scores.patterns(model, tokens, [*strongest, (layer, None)]), strict=True))
 
 
-def print_summary(results: dict[str, Any], measured: Survey, quality: Metrics | None, out: Path) -> None:
+def print_summary(
+    results: dict[str, Any], measured: Survey, quality: Metrics | None, ablated: Ablation | None, out: Path
+) -> None:
     """The heads that attend to their targets, what happens on the texts, agreement with labels, where the files are."""
     from common import tables
 
@@ -164,6 +203,8 @@ def print_summary(results: dict[str, Any], measured: Survey, quality: Metrics | 
     print(tables.other_heads(heads))
     if uncertain := tables.unsure(measured):
         print(uncertain)
+    if ablated and (sentence := tables.ablation_sentence(ablated)):
+        print(sentence)
     for number, entry in enumerate(results["sequences"], start=1):
         print(tables.text_line(number, entry))
     if quality:

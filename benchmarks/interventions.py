@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from common import effects, interventions, models
+from common import interventions, models
 from common.bench import Bench, Reads, sweep
 from common.edits import Head, Intervention, Recordings, hooks_of
-from common.sequences import battery
+from common.sequences import battery, continuing
 
 SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024}
 TINY = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 2048, "n_positions": 128}
@@ -61,7 +61,7 @@ def random_model(size: dict[str, int]) -> models.Model:
 def compare(model: models.Model, rounds: int, rows: int, length: int, sampled: int) -> dict[str, Any]:
     """Seconds of both ways, round by round, and the largest difference between their results in nats."""
     batch = battery(model.ordinary(), model.bos, rows=rows, length=length, seed=0).repeats
-    reads = Reads.of(batch.tokens, effects.repeats(batch))
+    reads = Reads.of(batch.tokens, continuing(batch))
     classes = interventions.position_classes(batch)
     clean = Recordings(model, batch.tokens, batch_size=rows)
     heads = [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]

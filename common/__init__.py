@@ -1,4 +1,5 @@
 """What the scripts share.
 
-Arrows point one way: scripts -> report, plots -> detection, metrics -> scores -> sequences, models.
+Arrows point one way: scripts -> report, plots, qk_plots -> circuits -> qk; detection, metrics -> scores -> sequences,
+models.
 """

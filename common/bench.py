@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from common.edits import POINTS, Enough, Head, Intervention, applied, run_forward, run_until
+from common.errors import UserError
 from common.models import Model
 from common.sequences import Floats, Ints
 
@@ -72,15 +73,19 @@ class _Chunk:
 class Bench:
     """A model, rows of ids and the reads in them, ready to be run under many interventions.
 
-    `tokens`: [rows, pos]. `way` is the one the model allows: "halves", "blocks" or "whole".
+    `tokens`: [rows, pos]. `way` is the one the model allows: "halves", "blocks" or "whole". Raises UserError where
+    there is nothing to read.
     """
 
     def __init__(self, model: Model, tokens: Ints, reads: Reads, *, batch_size: int = 8):
+        if not len(reads.row):
+            raise UserError("no token of these rows continues an earlier copy: there is no prediction to read")
         self.model = model
         self.tokens = tokens
         self.reads = reads
         starts = range(0, len(tokens), batch_size)
-        self._chunks = [self._start(slice(start, min(start + batch_size, len(tokens)))) for start in starts]
+        parts = [slice(start, min(start + batch_size, len(tokens))) for start in starts]
+        self._chunks = [self._start(rows) for rows in parts if len(self._reads_in(rows))]
         self.way = self._shortest_way(self._chunks[0])
 
     def measure(self, intervention: Intervention | None, metrics: Mapping[str, Metric]) -> dict[str, Floats]:
@@ -121,9 +126,12 @@ class Bench:
 
     # --- the short way ---
 
+    def _reads_in(self, rows: slice) -> Ints:
+        return np.flatnonzero((self.reads.row >= rows.start) & (self.reads.row < rows.stop))
+
     def _start(self, rows: slice) -> _Chunk:
         """Run some rows clean through the blocks, noting what every block is called with."""
-        chunk = _Chunk(rows, np.flatnonzero((self.reads.row >= rows.start) & (self.reads.row < rows.stop)))
+        chunk = _Chunk(rows, self._reads_in(rows))
 
         def note(block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stream = args[0] if args else kwargs["hidden_states"]

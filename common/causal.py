@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from common.bench import Bench, Reads, sweep
+from common.bench import Bench, Reads
 from common.detection import name
 from common.direct import direct_logit_effect
-from common.interventions import forbid
+from common.effects import needed
 from common.labels import Labels
 from common.models import Model
 from common.sequences import Floats, battery, continuing
@@ -90,12 +90,9 @@ def measure(model: Model, *, batch_size: int = 8, seed: int = 0, progress: Progr
     with progress("causal labels, direct effects", ROWS) as advance:
         direct = direct_logit_effect(model, drawn, reads, heads, batch_size=batch_size, advance=advance)
     bench = Bench(model, drawn.tokens, reads, batch_size=batch_size)
-    clean = bench.measure(None, {"log_prob": bench.log_prob})["log_prob"]
-    needed = np.zeros(shape)
-    forbidding = {head: forbid([head], drawn.cells["prefix_matching"]) for head in heads}
+    found = np.zeros(shape)
     with progress("causal labels, heads", len(heads)) as advance:
-        for intervention, found in sweep(bench, forbidding.values(), advance=advance):
-            head = next(head for head, one in forbidding.items() if one is intervention)
-            needed[:, head[0], head[1]] = reads.row_means(clean - found["log_prob"], ROWS)
+        for (layer, head), rise in needed(bench, drawn, heads, advance=advance):
+            found[:, layer, head] = rise
     how = f"{ROWS} rows of {length} tokens, seed {seed}, at least {LEAST} nats"
-    return CausalEffects(needed, direct.reshape(shape), f"causal: attention to the targets forbidden, {how}")
+    return CausalEffects(found, direct.reshape(shape), f"causal: attention to the targets forbidden, {how}")

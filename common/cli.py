@@ -164,6 +164,16 @@ def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
     return kept
 
 
+def choose_batch_size(args: argparse.Namespace, model: Model, encoded: Sequence[tuple[str, Ints]]) -> None:
+    """Fill in `--batch-size auto`, for the longest of the texts and of the battery's rows."""
+    from common import batching
+    from common.survey import ROW_LENGTH
+
+    if args.batch_size is None:
+        longest = max(ROW_LENGTH, *(len(tokens) for _, tokens in encoded))
+        args.batch_size = batching.batch_size(model, longest)
+
+
 def shortened(text: str, most: int = 70) -> str:
     """A text on one line, at most `most` characters of it, for a title."""
     line = " ".join(text.split())
@@ -183,6 +193,6 @@ def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, pr
             traceback.print_exc()
         sys.stderr.write(f"{program}: {' '.join(str(error).split())}\n")
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{program}: stopped; nothing was written\n")
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"{program}: stopped; {stop or 'nothing was written'}\n")
         return INTERRUPTED

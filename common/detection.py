@@ -146,7 +146,7 @@ def deviations(heads: int, precision: Precision) -> float:
 
     A head that ignores the repeat passes with a probability of `FALSE_POSITIVES / heads` at the most (Student's t).
     """
-    return max(LEAST_DEVIATIONS, float(-stdtrit(precision.freedom, FALSE_POSITIVES / heads)) * precision.error)
+    return max(LEAST_DEVIATIONS, float(stdtrit(precision.freedom, 1 - FALSE_POSITIVES / heads)) * precision.error)
 
 
 def _attention(

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 
 from common.bench import Reads
-from common.detection import name
 from common.edits import Head, Recordings, run_forward
-from common.interventions import check_same, without_cells, written
+from common.interventions import check_same, check_values, without_cells, written
 from common.models import Model
 from common.sequences import Cells, Floats, Ints, TokenBatch
 
@@ -49,19 +48,18 @@ def direct_effect(
 ) -> DirectEffect:
     """The direct effect of each head's prefix-matching cells at the reads. `advance` is told of finished rows.
 
-    Costs an unembedding per read and head; `direct_logit_effect` gives the logits alone for a fraction of that. Raises
-    UserError for a model whose logits are not an unembedding of its normed residual stream, or whose heads' outputs do
-    not reach that stream as they are.
+    Costs an unembedding per read and head; `direct_logit_effect` gives the logits alone for a fraction of that, enough
+    to choose the heads worth it. Raises UserError for a model whose logits are not an unembedding of its normed
+    residual stream, or whose heads' outputs do not reach that stream as they are.
     """
     found = np.full((2, len(reads.row), len(heads)), np.nan)
-    for part in _parts(model, batch, reads, heads, batch_size):
+    for part in _parts(model, batch, reads, heads, batch_size, advance):
         at_once = max(1, AT_ONCE // (len(part.token) * model.bridge.cfg.d_vocab))
         clean = _judge(model, part.stream[:, None], part.token)
         for start in range(0, len(heads), at_once):
             some = slice(start, start + at_once)
             lost = clean - _judge(model, part.stream[:, None] + part.moves[:, some], part.token)
             found[:, part.which, some] = lost.double().cpu().numpy()
-        advance(part.rows)
     log_prob, logit = (_row_means(reads, values, len(batch.tokens)) for values in found)
     return DirectEffect(log_prob, logit)
 
@@ -77,11 +75,10 @@ def direct_logit_effect(
 ) -> Floats:
     """`DirectEffect.logit` alone, [rows, heads]: projected on the right token's direction, with no logits of others."""
     found = np.full((len(reads.row), len(heads)), np.nan)
-    for part in _parts(model, batch, reads, heads, batch_size):
+    for part in _parts(model, batch, reads, heads, batch_size, advance):
         clean = _centred_logit(model, part.stream[:, None], part.token)
         lost = clean - _centred_logit(model, part.stream[:, None] + part.moves, part.token)
         found[part.which] = lost.double().cpu().numpy()
-        advance(part.rows)
     return _row_means(reads, found, len(batch.tokens))
 
 
@@ -106,9 +103,8 @@ def _centred_logit(model: Model, stream: torch.Tensor, token: torch.Tensor) -> t
     weights, bias = model.bridge.W_U, model.bridge.b_U  # [d_model, d_vocab], [d_vocab]
     with torch.no_grad():
         direction = weights[:, token] - weights.mean(-1, keepdim=True)
-        return (
-            torch.einsum("nhm,mn->nh", model.bridge.ln_final(stream), direction) + (bias[token] - bias.mean())[:, None]
-        )
+        projected = torch.einsum("nhm,mn->nh", model.bridge.ln_final(stream), direction)
+        return projected + (bias[token] - bias.mean())[:, None]
 
 
 def _row_means(reads: Reads, values: Floats, rows: int) -> Floats:
@@ -121,40 +117,54 @@ def _row_means(reads: Reads, values: Floats, rows: int) -> Floats:
 
 @dataclass(frozen=True)
 class _Part:
-    """A group of rows: the reads in it, the clean final stream there [reads, d_model], the right token [reads], and
+    """Of a group of rows: its reads, the clean final stream there [reads, d_model], the right token [reads], and
     what each head writes less with its cells forbidden, [reads, heads, d_model]."""
 
-    rows: int
     which: Ints
     stream: torch.Tensor
     token: torch.Tensor
     moves: torch.Tensor
 
 
-def _parts(model: Model, batch: TokenBatch, reads: Reads, heads: Sequence[Head], batch_size: int) -> Iterator[_Part]:
-    last = (model.n_layers - 1, "resid_post")
-    points = {(layer, point) for layer, _ in heads for point in ("pattern", "v", "z", "o", "attn_out")}
+def _parts(
+    model: Model,
+    batch: TokenBatch,
+    reads: Reads,
+    heads: Sequence[Head],
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> Iterator[_Part]:
+    """The groups of rows that have a read, one after another."""
     _check_readout(model, batch.tokens[:1])
     for start in range(0, len(batch.tokens), batch_size):
         rows = batch.rows(start, start + batch_size)
         which = np.flatnonzero((reads.row >= start) & (reads.row < start + batch_size))
-        places = reads.row[which] - start, reads.position[which]
-        clean = Recordings(model, rows.tokens, batch_size=batch_size)
-        clean.fetch(points | {last})
-        moves = [_move(clean, head, rows.cells["prefix_matching"], places) for head in heads]
-        stream = clean.get(*last)[places]
-        token = torch.from_numpy(reads.token[which]).to(stream.device)
-        yield _Part(len(rows.tokens), which, stream, token, torch.stack(moves, 1))
+        if len(which):
+            places = reads.row[which] - start, reads.position[which]
+            yield _part(Recordings(model, rows.tokens, batch_size=batch_size), rows, reads, which, places, heads)
+        advance(len(rows.tokens))
+
+
+def _part(
+    clean: Recordings,
+    rows: TokenBatch,
+    reads: Reads,
+    which: Ints,
+    places: tuple[Ints, Ints],
+    heads: Sequence[Head],
+) -> _Part:
+    last = (clean.model.n_layers - 1, "resid_post")
+    points = {(layer, point) for layer, _ in heads for point in ("pattern", "v", "z", "o", "attn_out")}
+    clean.fetch(points | {last})
+    moves = [_move(clean, head, rows.cells["prefix_matching"], places) for head in heads]
+    stream = clean.get(*last)[places]
+    token = torch.from_numpy(reads.token[which]).to(stream.device)
+    return _Part(which, stream, token, torch.stack(moves, 1))
 
 
 def _move(clean: Recordings, head: Head, cells: Cells, places: tuple[Ints, Ints]) -> torch.Tensor:
     """What a head writes without the cells minus what it writes with them, [reads, d_model]."""
-    layer, column = head
-    pattern, values = clean.get(layer, "pattern")[:, column], clean.get(layer, "v")
-    values = values[:, :, column * values.shape[2] // clean.model.n_heads]
-    check_same(
-        pattern @ values, clean.get(layer, "z")[:, :, column], f"head {name(*head)} puts out more than it attends to"
-    )
+    pattern, values = check_values(clean, head)
     row, query, key = (torch.from_numpy(index) for index in (cells.row, cells.query, cells.key))
     less = (without_cells(pattern, row, query, key) - pattern) @ values
     return written(clean, head, less[places])

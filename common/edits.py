@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -225,6 +225,7 @@ def applied(model: Model, intervention: Intervention | None, rows: slice = slice
     Every forward pass in the block must run the `rows` (of those the intervention was made for) that are named here.
     """
     hooks = [] if intervention is None else hooks_of(intervention, rows)
+    _check_shown(model, [name for name, _ in hooks])
     with model.bridge.hooks(fwd_hooks=hooks), warnings.catch_warnings():
         warnings.filterwarnings("error", message=DISCARDED)
         try:
@@ -233,6 +234,14 @@ def applied(model: Model, intervention: Intervention | None, rows: slice = slice
             raise UserError(
                 f"'{model.name}' ignores the intervention '{intervention.name if intervention else ''}': {warning}"
             ) from None
+
+
+def _check_shown(model: Model, names: Iterable[str]) -> None:
+    """Raise UserError for the name of a hook point that the model has not."""
+    shown = model.bridge.hook_dict
+    for name in names:
+        if name not in shown:
+            raise UserError(f"'{model.name}' has no {name}: TransformerLens does not show it on this architecture")
 
 
 def hooks_of(intervention: Intervention, rows: slice = slice(None)) -> list[Hook]:
@@ -286,6 +295,7 @@ def record(
     `rows` are the ids' rows among those that `under` was made for.
     """
     found: dict[tuple[int, str], torch.Tensor] = {}
+    _check_shown(model, [hook_name(*place) for place in wanted])
 
     def keep(layer: int, point: str) -> Callable[..., None]:
         return lambda activation, hook: found.__setitem__((layer, point), activation.detach().clone())

@@ -172,7 +172,10 @@ def input_from(heads: Sequence[Head], part: str, clean: Recordings, source: Reco
     """The heads' query ("q"), key ("k") or values ("v") are those of `source`; the other two stay.
 
     Attention is recomputed for a new query or key, and kept for new values. Where query heads share a key, only the
-    named heads see the new one: their pattern comes from a run of the `clean` rows with the shared key replaced.
+    named heads see the new one: their pattern comes from a run of the `clean` rows in which the shared key alone is
+    replaced. A row's own control row differs from it only from the second segment on: it changes the queries of
+    repeats, but neither the keys nor the values of their targets, in the first segment. Take those from another row
+    (`donor_rows`).
     """
     source.fetch({(layer, part) for layer, _ in heads})
 
@@ -203,6 +206,15 @@ def path(senders: Intervention, receivers: Sequence[Head], part: str, clean: Rec
         return lambda old, run: old + (after - before)[run.rows]
 
     return _inputs(f"{senders.name} {_names(senders.heads)} → {PARTS[part]}", receivers, part, clean, moved)
+
+
+def paths_into(
+    receiver: Head, part: str, intervene: Callable[[Sequence[Head]], Intervention], clean: Recordings
+) -> list[Intervention]:
+    """The path of every earlier head, alone, into the receiver's query, key or values; `intervene` ablates a sender."""
+    clean.fetch({(layer, point) for layer in range(receiver[0]) for point in ("z", "o", "attn_out")})
+    senders = [(layer, head) for layer in range(receiver[0]) for head in range(clean.model.n_heads)]
+    return [path(intervene([sender]), [receiver], part, clean) for sender in senders]
 
 
 def without_source(sources: Sequence[Head], receivers: Sequence[Head], part: str, clean: Recordings) -> Intervention:
@@ -253,8 +265,14 @@ def _output(clean: Recordings, head: Head) -> torch.Tensor:
 
 def _patched_output(clean: Recordings, change: Intervention, head: Head) -> torch.Tensor:
     """What a head puts out, [rows, pos, d_head], under the edits of `change` that are its own."""
-    under = Recordings(clean.model, clean.tokens, batch_size=clean.batch_size, under=change.of(head))
-    return under.get(head[0], "z")[:, :, head[1]]
+    own, layer = change.of(head), head[0]
+    if not own.at_outputs(layer):
+        under = Recordings(clean.model, clean.tokens, batch_size=clean.batch_size, under=own)
+        return under.get(layer, "z")[:, :, head[1]]
+    output = clean.get(layer, "z").clone()
+    for edit in own.edits:  # needs no run: the edits change the clean output itself
+        edit.write(output, Run(slice(None)))
+    return output[:, :, head[1]]
 
 
 def written(clean: Recordings, head: Head, output: torch.Tensor) -> torch.Tensor:
@@ -275,6 +293,20 @@ def check_same(one: torch.Tensor, other: torch.Tensor, complaint: str) -> None:
     tolerance = 1e-4 if one.dtype == torch.float32 else 3e-2
     if (one - other).abs().max().item() > tolerance * scale:
         raise UserError(f"{complaint}: this intervention cannot be made on its architecture")
+
+
+def check_values(clean: Recordings, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    """The head's pattern [rows, query, key] and values [rows, pos, d_head], whose product must be its output.
+
+    Raises UserError where it is not (an output gate, for one).
+    """
+    layer, query_head = head
+    clean.fetch({(layer, point) for point in ("pattern", "v", "z")})
+    pattern, values = clean.get(layer, "pattern")[:, query_head], clean.get(layer, "v")
+    values = values[:, :, query_head * values.shape[2] // clean.model.n_heads]
+    complaint = f"head {head_name(*head)} does not put out the values it attends to"
+    check_same(pattern @ values, clean.get(layer, "z")[:, :, query_head], complaint)
+    return pattern, values
 
 
 def _check_order(senders: Sequence[Head], receivers: Sequence[Head]) -> None:
@@ -308,6 +340,7 @@ def _inputs(
         column = head * columns // n_heads
         new = change(layer, head, column)
         if part == "v":
+            check_values(clean, (layer, head))
             return ValueEdit(layer, "z", head, new, group=column)
         if columns == n_heads:
             return Edit(layer, part, head, new)

@@ -18,7 +18,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -120,6 +120,17 @@ class _Seen(Exception):
     """Raised in the last hook that is needed, to leave the forward pass there."""
 
 
+def read_patterns(model: Model, tokens: NDArray[np.int64], read_one: Callable[[int, torch.Tensor], None]) -> None:
+    """Run [batch, pos] token ids; hand each layer's pattern, [batch, head, query, key], to `read_one(layer, pattern)`.
+
+    Leaves the forward pass after the last layer's pattern. Layers that never show one are not handed on.
+    """
+    names = {layer: f"blocks.{layer}.attn.hook_pattern" for layer in range(model.n_layers)}
+    shown = {name: partial(read_one, layer) for layer, name in names.items() if name in model.bridge.hook_dict}
+    if shown:
+        read(model, tokens, shown, last=list(shown)[-1])
+
+
 def read(
     model: Model, tokens: NDArray[np.int64], readers: Mapping[str, Callable[[torch.Tensor], None]], last: str
 ) -> None:
@@ -128,30 +139,33 @@ def read(
     Leaves the forward pass after the hook point `last`. What never shows is not handed on.
     """
 
-    def hook(name: str) -> Callable[[torch.Tensor, Any], None]:
-        def reader(shown: torch.Tensor, hook: Any) -> None:
-            readers[name](shown)
-            if name == last:
-                raise _Seen
+    def hook(reader: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor, Any], None]:
+        return lambda shown, hook: reader(shown)
 
-        return reader
+    watch(model, tokens, [(name, hook(reader)) for name, reader in readers.items()], until=last)
+
+
+def watch(
+    model: Model,
+    tokens: NDArray[np.int64],
+    hooks: Sequence[tuple[str, Callable[[torch.Tensor, Any], torch.Tensor | None]]],
+    *,
+    until: str,
+) -> None:
+    """Run [batch, pos] token ids with `hooks`, as (hook point, function), and leave the forward pass after `until`.
+
+    A function gets the value and the hook point; a tensor that it returns takes the value's place.
+    """
+
+    def leave(value: torch.Tensor, hook: Any) -> None:
+        raise _Seen
 
     inputs = torch.from_numpy(tokens).to(model.bridge.cfg.device)
     try:
-        with torch.inference_mode(), model.bridge.hooks(fwd_hooks=[(name, hook(name)) for name in readers]):
+        with torch.inference_mode(), model.bridge.hooks(fwd_hooks=[*hooks, (until, leave)]):
             model.bridge.original_model(inputs, use_cache=False)
     except _Seen:
         pass
-
-
-def read_patterns(model: Model, tokens: NDArray[np.int64], read_one: Callable[[int, torch.Tensor], None]) -> None:
-    """Run [batch, pos] token ids; hand each layer's pattern, [batch, head, query, key], to `read_one(layer, pattern)`.
-
-    Leaves the forward pass after the last layer's pattern. Layers that never show one are not handed on.
-    """
-    names = {layer: f"blocks.{layer}.attn.hook_pattern" for layer in range(model.n_layers)}
-    readers = {name: partial(read_one, layer) for layer, name in names.items()}
-    read(model, tokens, readers, last=names[model.n_layers - 1])
 
 
 # --- finding the folder ---

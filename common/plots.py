@@ -36,7 +36,11 @@ ATTENTION = "Blues"
 RESTING = "Greys"
 LONGEST = 48  # tokens that stay legible on one axis
 MOST_HEADS = 40  # heads that stay legible in one list
-OUTLINES = {"induction": (MARK, "-"), "suppression": ("#882255", "--"), "attends-only": ("black", ":")}
+OUTLINES: dict[str, tuple[str, Any]] = {
+    "induction": (MARK, "-"),
+    "suppression": ("#882255", "--"),
+    "attends-only": ("black", ":"),
+}
 LEGENDS = {
     "induction": "induction head: attends to the token after an earlier copy, and raises it",
     "suppression": "suppression head: attends to it, and lowers it",
@@ -87,25 +91,21 @@ def mosaic(axes: Axes, found: Detection, title: str) -> Axes:
             label.set_fontweight("bold")
     axes.set(xlabel="head", ylabel="layer", title=title)
     axes.tick_params(axis="y", rotation=0)
-    axes.legend(
-        handles=[
-            Patch(fill=False, edgecolor=colour, linestyle=line, linewidth=2, label=LEGENDS[verdict])
-            for verdict, (colour, line) in OUTLINES.items()
-            if (found.verdict == verdict).any() or verdict == "induction"
-        ],
-        loc="upper left",
-        bbox_to_anchor=(0, -0.7 / axes.figure.get_size_inches()[1]),
-        frameon=False,
-        fontsize=9,
-    )
     return axes
 
 
 def mosaic_figure(found: Detection, title: str) -> Figure:
     """The mosaic at a size at which every square is legible."""
     layers, heads = found.score.shape
-    figure, axes = plt.subplots(figsize=(max(7.0, 0.62 * heads + 3), max(3.4, 0.42 * layers + 1.8)))
+    size = max(7.0, 0.62 * heads + 3), max(3.4, 0.42 * layers + 1.8)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     mosaic(axes, found, title)
+    handles = [
+        Patch(fill=False, edgecolor=colour, linestyle=line, linewidth=2, label=LEGENDS[verdict])
+        for verdict, (colour, line) in OUTLINES.items()
+        if (found.verdict == verdict).any() or verdict == "induction"
+    ]
+    figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=9)
     return figure
 
 

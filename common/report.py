@@ -79,13 +79,20 @@ def output_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def earlier_results(folder: Path) -> dict[str, Any]:
+    """The results.json that an earlier run left in `folder`; empty where there is none."""
+    try:
+        content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _files_of_earlier_run(folder: Path) -> set[str]:
     """The plain file names that the results.json in `folder` lists, if there is one."""
-    try:
-        listed = json.loads((folder / "results.json").read_text(encoding="utf-8"))["files"]
-        return {name for name in listed if isinstance(name, str) and Path(name).name == name}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
+    listed = earlier_results(folder).get("files")
+    names = listed if isinstance(listed, list) else []
+    return {name for name in names if isinstance(name, str) and Path(name).name == name}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

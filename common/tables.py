@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from common.ablation import Ablation
 from common.detection import Detection, by_score, name
 from common.sequences import BUDGET, HEAD_TYPES
 from common.statistics import Floats, interval_over_rows
@@ -36,6 +37,30 @@ def head_rows(measured: Survey, copying: Floats) -> list[dict[str, Any]]:
     for kind, effect in (("total_effect", evidence.total), ("direct_effect", evidence.direct)):
         columns |= {kind: effect.mean(0), f"{kind}_interval": _pairs(*interval_over_rows(effect))}
     return _per_head(columns)
+
+
+def add_ablation(heads: Sequence[dict[str, Any]], ablation: Ablation | None) -> None:
+    """Give each head its `ablation_effect`: the rise of the loss at repeats under mean ablation, with its interval;
+    None where it was not measured."""
+    for head in heads:
+        one = ablation and ablation.of(name(head["layer"], head["head"]), "mean", "loss_at_repeats")
+        head["ablation_effect"] = one["effect"] if one else None
+        head["ablation_effect_interval"] = one["interval"] if one else (None, None)
+
+
+def ablation_sentence(ablation: Ablation) -> str | None:
+    """What the model loses without its induction heads, in one sentence; None where nothing was taken away."""
+    one = ablation.of(ablation.together, "mean", "loss_at_repeats")
+    if not one:
+        return None
+    gained = ablation.clean["loss_at_fresh"] - ablation.clean["loss_at_repeats"]
+    control = one["control"]
+    beside = f"random heads of the same layers: {control['effect']:+.2f}" if control else one["note"]
+    return (
+        f"Without {one['head'].replace(' ', ', ')} (mean ablation) the model loses {one['effect']:.2f} of the "
+        f"{gained:.2f} nats that it gains from repeats (95 %: {one['interval'][0]:.2f} to {one['interval'][1]:.2f}; "
+        f"{beside})."
+    )
 
 
 def text_entry(found: Detection, text: str, tokens: Sequence[str], on_text: TextScores) -> dict[str, Any]:

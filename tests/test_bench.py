@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from benchmarks import interventions as benchmark
-from common import effects, interventions
+from common import interventions
 from common.bench import Bench, Reads, greedy, logit_difference, sweep
 from common.edits import applied
+from common.errors import UserError
+from common.sequences import TokenBatch, continuing
 from tests.oracle import ARCHITECTURES, assert_no_hooks, bridge_logits, every_kind
 
 
 def reads_of(batch) -> Reads:
-    return Reads.of(batch.tokens, effects.repeats(batch))
+    return Reads.of(batch.tokens, continuing(batch))
 
 
 def bench_of(model, drawn) -> Bench:
@@ -62,6 +64,19 @@ def test_a_sweep_gives_what_whole_runs_give(loaded, gemma, drawn, name):
     assert layers == sorted(layers)
     assert sorted(names) == sorted(one.name for one in asked)
     assert_no_hooks(model)
+
+
+def test_rows_without_a_read_are_passed_over_and_no_read_at_all_is_said(random_gpt2, drawn):
+    plain = np.concatenate([[random_gpt2.bos], np.arange(20, 33)])
+    tokens = np.stack([plain, plain + 20, *drawn.repeats.tokens])
+    batch = TokenBatch.of(list(tokens), pad=0)
+    found = Bench(random_gpt2, tokens, reads_of(batch), batch_size=2)
+    alone = bench_of(random_gpt2, drawn)
+    ablation = interventions.zero([(0, 0)])
+    per_read = [bench.measure(ablation, {"log_prob": bench.log_prob})["log_prob"] for bench in (found, alone)]
+    assert per_read[0] == pytest.approx(per_read[1], abs=1e-5)
+    with pytest.raises(UserError, match="continues an earlier copy"):
+        Bench(random_gpt2, tokens[:2], Reads.of(tokens[:2], np.zeros((2, 14), dtype=bool)))
 
 
 def test_on_gpt2_the_short_way_repeats_the_same_operations(random_gpt2, drawn):
@@ -118,6 +133,11 @@ def test_layers_below_are_not_run_again_and_only_reads_are_unembedded(random_gpt
     assert [shape for name, shape in seen if name == "unembed"] == [(len(bench.reads.row),)] * 3
 
 
+def collect(found, into: list) -> None:
+    for one in found:
+        into.append(one)
+
+
 def test_a_sweep_that_is_stopped_keeps_what_is_done_and_leaves_no_hook(random_gpt2, drawn):
     done = []
 
@@ -127,7 +147,7 @@ def test_a_sweep_that_is_stopped_keeps_what_is_done_and_leaves_no_hook(random_gp
 
     asked = [interventions.zero([(layer, head)]) for layer in range(3) for head in range(4)]
     with pytest.raises(KeyboardInterrupt):
-        done.extend(sweep(bench_of(random_gpt2, drawn), asked, advance=stop_at_the_third))
+        collect(sweep(bench_of(random_gpt2, drawn), asked, advance=stop_at_the_third), done)
     assert [intervention.heads for intervention, _ in done] == [((0, 0),), ((0, 1),), ((0, 2),)]
     assert all(np.isfinite(found["log_prob"]).all() for _, found in done)
     assert_no_hooks(random_gpt2)

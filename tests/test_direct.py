@@ -9,6 +9,7 @@ import torch
 from common import direct, effects, interventions
 from common.bench import Reads
 from common.errors import UserError
+from common.sequences import TokenBatch, continuing
 from tests.oracle import ARCHITECTURES, assert_no_hooks, bridge_logits
 
 HEADS = [(0, 1), (1, 2), (2, 0), (2, 3)]
@@ -34,7 +35,7 @@ def by_hand(oracle, batch, reads, head) -> np.ndarray:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_direct_effect_by_hand(loaded, oracles, drawn, name):
     batch, model = drawn.repeats, loaded[name]
-    reads = Reads.of(batch.tokens, effects.repeats(batch))
+    reads = Reads.of(batch.tokens, continuing(batch))
     clean = bridge_logits(model, batch.tokens)
     ticks = []
     found = direct.direct_effect(model, batch, reads, HEADS, batch_size=2, advance=ticks.append)
@@ -50,17 +51,29 @@ def test_the_direct_effect_by_hand(loaded, oracles, drawn, name):
     assert torch.equal(bridge_logits(model, batch.tokens), clean)
 
 
+def test_rows_without_a_repeat_have_no_direct_effect(random_gpt2, drawn):
+    plain = np.concatenate([[random_gpt2.bos], np.arange(20, 33)])
+    batch = TokenBatch.of([plain, drawn.repeats.tokens[0]], pad=0)
+    reads = Reads.of(batch.tokens, continuing(batch))
+    found = direct.direct_effect(random_gpt2, batch, reads, [(0, 1)], batch_size=1).log_prob
+    alone = direct.direct_effect(
+        random_gpt2, drawn.repeats, Reads.of(drawn.repeats.tokens, continuing(drawn.repeats)), [(0, 1)]
+    )
+    assert np.isnan(found[0, 0])
+    assert found[1, 0] == pytest.approx(alone.log_prob[0, 0], abs=1e-6)
+
+
 def test_in_the_last_layer_without_an_mlp_direct_is_all_there_is(random_gpt2, drawn):
     """With the last MLP silent, forbidding the cells of a last-layer head in the whole model is its direct effect."""
     block = random_gpt2.bridge.original_model.transformer.h[2]
     silent = block.mlp.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
     try:
         batch, head = drawn.repeats, (2, 1)
-        reads = Reads.of(batch.tokens, effects.repeats(batch))
+        reads = Reads.of(batch.tokens, continuing(batch))
         found = direct.direct_effect(random_gpt2, batch, reads, [head])
         forbidden = interventions.forbid([head], batch.cells["prefix_matching"])
         change = effects.losses(random_gpt2, batch, forbidden) - effects.losses(random_gpt2, batch)
-        whole = effects.row_means(change, effects.repeats(batch))
+        whole = effects.row_means(change, continuing(batch))
     finally:
         silent.remove()
     assert np.abs(whole).max() > 1e-3
@@ -70,4 +83,4 @@ def test_in_the_last_layer_without_an_mlp_direct_is_all_there_is(random_gpt2, dr
 def test_what_cannot_be_read_directly_is_refused(gemma, drawn):
     batch = drawn.repeats
     with pytest.raises(UserError, match="between its last block and its logits"):
-        direct.direct_effect(gemma, batch, Reads.of(batch.tokens, effects.repeats(batch)), [(0, 0)])
+        direct.direct_effect(gemma, batch, Reads.of(batch.tokens, continuing(batch)), [(0, 0)])

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from common import models, scores
-from common.sequences import Battery, Ints, TokenBatch, battery
+from common.sequences import Battery, Ints, TokenBatch, battery, continuing
 from tests import handbuilt
 from tests.handbuilt import COPY, VERDICTS, HandBuilt, Role
-from training.evaluate_mini import continuing
 
 LENGTHS = (32, 64, 128, 256)
 SEEDS = range(3)  # the benchmark's models have other seeds
@@ -68,7 +67,7 @@ def lift(model: models.Model, drawn: Battery) -> tuple[np.ndarray, np.ndarray, n
     Each [layers, heads].
     """
     on, off = (scores.score(model, rows, batch_size=8) for rows in (drawn.repeats, drawn.controls))
-    error = off.std("prefix_matching") / np.sqrt(off.counts["prefix_matching"].sum())
+    error = off.std("prefix_matching") / np.sqrt(off.sums["prefix_matching"].counts.sum())
     score = on.mean("prefix_matching")
     return score, score - off.mean("prefix_matching"), 4 * np.sqrt(2) * error
 

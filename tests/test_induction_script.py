@@ -9,11 +9,10 @@ import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 import induction_head_detection as script
-from common import metrics, models
+from common import models
 from tests.conftest import ROOT
 from tests.test_models import cache, put_in_cache  # noqa: F401  (a fixture)
 
@@ -39,7 +38,8 @@ def results(finished):
 
 def test_the_default_run_leaves_pictures_numbers_and_table(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"results.json", "heads.csv", "mosaic.png", "thresholds.png",
+    assert names == {"results.json", "heads.csv", "mosaic.png", "thresholds.png", "budget.png", "precision_recall.png",
+                     "effects.png", "ablation.png",
                      *(f"attention_{number:02d}.png" for number in range(1, 5))}  # fmt: skip
     for path in finished.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -94,9 +94,11 @@ def test_same_seed_same_numbers_and_batch_size_does_not_matter(random_gpt2_folde
         )
         tables.append((out / "heads.csv").read_text())
     assert tables[0] == tables[1]
-    first, third = (np.array([[float(x) if x not in ("True", "False") else 0.0 for x in line.split(",")]
-                              for line in table.splitlines()[1:]]) for table in (tables[0], tables[2]))  # fmt: skip
-    assert third == pytest.approx(first, abs=1e-5)
+    first, third = (list(csv.DictReader(table.splitlines())) for table in (tables[0], tables[2]))
+    for one, other in zip(first, third, strict=True):
+        assert one["verdict"] == other["verdict"]
+        for column in ("prefix_matching", "control", "threshold", "total_effect", "copying", "budget_bos"):
+            assert float(other[column]) == pytest.approx(float(one[column]), abs=1e-4), column
 
 
 def test_a_random_model_has_no_induction_head(random_gpt2_folder, tmp_path, capsys):
@@ -138,6 +140,7 @@ def one_line(capsys) -> str:
         (["--sequences-file", "does-not-exist.txt"], "cannot read does-not-exist.txt"),
         (["--model", "no/such/folder", *QUICK], "no/such/folder"),
         (["--labels", "does-not-exist.json", *QUICK], "cannot read labels"),
+        (["--labels", "published", *QUICK], "no published labels for mini"),
         (["--out", "LICENSE", *QUICK], "cannot write to LICENSE"),
     ],
 )
@@ -186,7 +189,7 @@ def test_a_failed_run_leaves_the_old_files(tmp_path, monkeypatch):
     def fail(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "head_table", fail)
+    monkeypatch.setattr("common.tables.text_entry", fail)
     assert run("--model", "mini", "--no-plots", "--out", str(out), *QUICK) == 130
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
@@ -216,13 +219,95 @@ def test_help_needs_no_heavy_import():
     assert "--threshold" in done.stdout
 
 
-def test_labels_of_mini_name_heads_that_exist(mini):
-    labels = metrics.read_labels(mini.labels_file, mini.n_layers, mini.n_heads)
-    assert labels.heads and labels.source
+def test_verdict_budget_and_effects_are_in_the_results(results):
+    for head in results["heads"]:
+        budget = [value for key, value in head.items() if key.startswith("budget_")]
+        assert len(budget) == 6 and sum(budget) == pytest.approx(1.0, abs=1e-4)
+        assert head["induction"] == (head["verdict"] == "induction")
+        assert head["prefix_matching_interval"][0] <= head["prefix_matching"] <= head["prefix_matching_interval"][1]
+        assert -1 <= head["copying"] <= 1 and 0 <= head["confidence"] <= 1
+        if head["induction"]:
+            assert head["total_effect"] > 0 and head["prefix_matching"] >= head["threshold"]
+
+
+def test_each_text_says_whether_induction_is_at_work_and_on_how_much_it_rests(results):
+    for entry in results["sequences"]:
+        assert set(entry["induction_at_work"]) <= set(entry["ranked"]) == set(results["induction_heads"])
+    twice = results["sequences"][3]
+    assert twice["induction_at_work"] and twice["queries"] >= 5
+    scores = {f"{head['layer']}.{head['head']}": head["prefix_matching"] for head in twice["heads"]}
+    assert [scores[head] for head in twice["ranked"]] == sorted(
+        (scores[head] for head in twice["ranked"]), reverse=True
+    )
+    assert all("prefix_matching_interval" in head for head in twice["heads"])
+    few = results["sequences"][1]
+    assert few["queries"] < 5 and all("prefix_matching_interval" not in head for head in few["heads"])
+
+
+def test_what_is_lost_without_the_induction_heads_stands_in_the_results(results):
+    ablation = results["ablation"]
+    assert ablation["missing"] == [] and ablation["together"].split() == results["induction_heads"]
+    for head in results["heads"]:
+        name = f"{head['layer']}.{head['head']}"
+        assert (head["ablation_effect"] is not None) == (name in results["induction_heads"])
+    together = {(one["name"], one["metric"]): one for one in ablation["effects"] if one["head"] == ablation["together"]}
+    for kind in ("mean", "forbid"):
+        rise, fresh = together[kind, "loss_at_repeats"], together[kind, "loss_at_fresh"]
+        assert rise["interval"][0] > 5 * abs(rise["control"]["effect"])
+        assert abs(fresh["effect"]) < 0.1 * rise["effect"]
+    assert [one["head"] for one in ablation["greedy"]] != []
+
+
+def test_ablation_can_be_left_out_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    from common import ablation
+
+    common = ["--model", "mini", "--no-plots", "--out", str(tmp_path), *QUICK]
+    assert run(*common, "--no-ablate") == 0
+    assert json.loads((tmp_path / "results.json").read_text())["ablation"] is None
+    monkeypatch.setattr(ablation, "PATIENCE", 0.0)
+    assert run(*common) == 0
+    assert "ablation left out" in capsys.readouterr().err
+    measured = ablation._effects
+
+    def stopped(laboratory, kind, sets, advance):
+        for number, effects in enumerate(measured(laboratory, kind, sets, advance)):
+            if number == 1:
+                raise KeyboardInterrupt
+            yield effects
+
+    monkeypatch.setattr(ablation, "_effects", stopped)
+    assert run(*common, "--ablate") == 130
+    assert "not measured" in capsys.readouterr().err
+    half = json.loads((tmp_path / "results.json").read_text())["ablation"]
+    assert half["effects"] and half["missing"]
+    asked = []
+
+    def counted(laboratory, kind, sets, advance):
+        asked.append((kind, len(sets)))
+        return measured(laboratory, kind, sets, advance)
+
+    monkeypatch.setattr(ablation, "_effects", counted)
+    assert run(*common, "--ablate") == 0
+    whole = json.loads((tmp_path / "results.json").read_text())["ablation"]
+    assert whole["missing"] == [] and whole["effects"][: len(half["effects"])] == half["effects"]
+    assert asked[0] == ("mean", 2), "one of three sets was done"
+
+
+def test_labels_of_ones_own_measured_ones_and_none(tmp_path):
+    common = ["--model", "mini", "--no-plots", *QUICK]
+    (tmp_path / "mine.json").write_text('{"source": "a guess", "induction_heads": ["0.0"]}')
+    said = {}
+    for labels in (str(tmp_path / "mine.json"), "causal", "none"):
+        assert run(*common, "--labels", labels, "--out", str(tmp_path / "o")) == 0
+        said[labels] = json.loads((tmp_path / "o" / "results.json").read_text())["metrics"]
+    assert said["none"] is None
+    assert said["causal"]["f1"] >= 0.9 and said["causal"]["labels"].startswith("causal")
+    mine = said[str(tmp_path / "mine.json")]
+    assert (mine["precision"], mine["recall"], mine["labels"]) == (0.0, 0.0, "a guess")
 
 
 def test_started_from_another_folder_it_still_finds_mini(tmp_path):
     command = [sys.executable, str(ROOT / "induction_head_detection.py"), "--model", "mini", "--no-plots", *QUICK]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "Induction heads of mini" in done.stdout
+    assert "Heads of mini" in done.stdout
     assert (tmp_path / "outputs" / "mini" / "induction_head_detection" / "results.json").exists()

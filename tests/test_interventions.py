@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPTJConfig, GPTJForCausalLM
 
-from common import interventions
-from common.edits import Recordings, applied
+from common import interventions, models
+from common.edits import POINTS, Recordings, applied
 from common.errors import UserError
 from common.sequences import Cells, TokenBatch
 from tests.oracle import ARCHITECTURES, Edits, assert_no_hooks, bridge_logits, every_kind, recorded
@@ -226,6 +227,33 @@ def test_a_source_is_removed_with_the_layernorm_frozen(random_gpt2, oracles, dra
     check(random_gpt2, oracle, drawn, intervention, edits)
 
 
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_with_an_rms_norm_the_whole_stream_projects_to_the_whole_input(loaded, drawn, part):
+    """The Llama has no biases, so the linear term of all of the residual stream is all there is."""
+    clean = recorded(loaded["llama"], drawn.repeats)
+    whole = clean.get(1, part)
+    for column in range(whole.shape[2]):
+        term = interventions.project_frozen(clean, 1, part, column, clean.get(1, "resid_pre"))
+        torch.testing.assert_close(term, whole[:, :, column], atol=1e-5, rtol=1e-4)
+
+
+def test_a_sender_may_be_changed_anywhere(random_gpt2, oracles, drawn):
+    """A sender whose pattern is made uniform: its output is what that pattern brings."""
+    sender, receiver, oracle, tokens = (0, 1), (1, 3), oracles["gpt2"], drawn.repeats.tokens
+    seen, changed = (
+        oracle.record(tokens),
+        Edits(pattern=of([sender], lambda layer, head, row, p: p.tril().sign() / (torch.arange(len(p))[:, None] + 1))),
+    )
+    oracle.logits(tokens, changed)
+    move = torch.stack([changed.seen["z", 0, 1, row] - seen["z", 0, 1, row] for row in range(len(tokens))])
+    shifted = oracle.record_shifted(tokens, 1, move @ oracle.output_weights(0, 1, 8))
+    edits = Edits(k=of([receiver], lambda layer, head, row, value: shifted["k", layer, head, row]))
+    clean = recorded(random_gpt2, drawn.repeats)
+    check(
+        random_gpt2, oracle, drawn, interventions.path(interventions.uniform([sender]), [receiver], "k", clean), edits
+    )
+
+
 # --- in part ---
 
 
@@ -260,9 +288,10 @@ def test_a_limit_to_rows_or_positions_touches_nothing_else(loaded, drawn, name):
         assert changed[:9].max() < 2e-6 < 1e-4 < changed[9:].max(), intervention.name
 
 
-def test_limits_hold_when_part_of_the_rows_runs(random_gpt2, drawn):
+@pytest.mark.parametrize("rows", [None, np.arange(3) > 0])
+def test_limits_hold_when_part_of_the_rows_runs(random_gpt2, drawn, rows):
     tokens = drawn.repeats.tokens
-    limited = interventions.zero(HEADS).limited(positions=np.arange(tokens.shape[1]) >= 5, rows=np.arange(3) > 0)
+    limited = interventions.zero(HEADS).limited(positions=np.arange(tokens.shape[1]) >= 5, rows=rows)
     whole = logits_under(random_gpt2, limited, tokens)
     with applied(random_gpt2, limited, slice(2, 3)):
         torch.testing.assert_close(bridge_logits(random_gpt2, tokens[2:]), whole[2:], atol=2e-5, rtol=1e-4)
@@ -295,6 +324,40 @@ def test_a_pattern_has_no_subspace_and_a_coefficient_ends_at_1():
 
 
 # --- what a model cannot do ---
+
+
+@pytest.fixture(scope="module")
+def gptj(tmp_path_factory, tokenizer) -> models.Model:
+    """TransformerLens shows a GPT-J's pattern only after the layer has used it."""
+    torch.manual_seed(0)
+    config = GPTJConfig(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
+    folder = tmp_path_factory.mktemp("models") / "random-gptj"
+    GPTJForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return models.load(str(folder))
+
+
+def test_an_intervention_that_would_do_nothing_is_refused(gptj, drawn):
+    tokens = drawn.repeats.tokens
+    with pytest.raises(UserError, match="ignores the intervention 'uniform pattern'"):
+        logits_under(gptj, interventions.uniform(HEADS), tokens)
+    clean, control = recorded(gptj, drawn.repeats), recorded(gptj, drawn.controls)
+    with pytest.raises(UserError, match="values cannot be edited alone"):
+        logits_under(gptj, interventions.input_from(HEADS, "v", clean, control), tokens)
+    assert_no_hooks(gptj)
+    changed = logits_under(gptj, interventions.zero(HEADS), tokens)
+    assert (changed - bridge_logits(gptj, tokens)).abs().max() > 1e-3
+
+
+def test_a_path_through_a_norm_after_attention_is_refused(gemma, drawn):
+    with pytest.raises(UserError, match="before it is added"):
+        interventions.path(interventions.zero([(0, 1)]), [(1, 0)], "k", recorded(gemma, drawn.repeats))
+
+
+def test_an_activation_that_is_not_shown_is_said(random_gpt2, drawn, monkeypatch):
+    monkeypatch.setitem(POINTS, "scale", "ln1.hook_nowhere")
+    with pytest.raises(UserError, match=r"no blocks\.1\.ln1\.hook_nowhere"):
+        recorded(random_gpt2, drawn.repeats).get(1, "scale")
 
 
 def test_a_query_left_without_attention_stays_empty(random_gpt2):

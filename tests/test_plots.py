@@ -8,7 +8,9 @@ import pytest
 from matplotlib.patches import Rectangle
 
 from common import plots
-from common.detection import detect
+from common.detection import Detection, by_score
+from common.labels import Labels
+from common.sequences import BUDGET
 
 TOKENS = ["BOS", "a", "·b", "c", "a", "·b"]
 CELLS = [(4, 2), (5, 3)]
@@ -24,7 +26,11 @@ def axes():
 @pytest.fixture
 def found():
     score = np.array([[0.1, 0.9, 0.2], [0.05, 0.3, 0.02]])
-    return detect(score, np.full((2, 3), 0.05), np.full((2, 3), 0.01))
+    verdict = np.array([["none", "induction", "suppression"], ["none", "induction", "previous-token"]])
+    control, threshold = np.full((2, 3), 0.05), np.full((2, 3), 0.11)
+    sure = np.ones((2, 3))
+    resampled = (verdict == "induction")[None]
+    return Detection(score, control, threshold, score - 0.01, score + 0.01, sure, verdict, resampled)
 
 
 @pytest.fixture
@@ -41,11 +47,31 @@ def outlines(axes) -> list[tuple[float, float]]:
     return [patch.get_xy() for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_linewidth() > 1]
 
 
-def test_mosaic_outlines_and_names_the_induction_heads_alone(axes, found):
+def test_mosaic_outlines_and_names_heads_that_attend_to_targets_each_in_its_way(axes, found):
     plots.mosaic(axes, found, "title")
-    assert set(outlines(axes)) == {(head, layer) for layer, head in found.ranked()}
+    assert set(outlines(axes)) == {(1, 0), (1, 1), (2, 0)}
+    styles = {patch.get_xy(): patch.get_linestyle() for patch in axes.patches if isinstance(patch, Rectangle)}
+    assert styles[1, 0] == styles[1, 1] != styles[2, 0]
     named = {text.get_text() for text in axes.texts if "." in text.get_text() and len(text.get_text()) == 3}
-    assert named == {f"{layer}.{head}" for layer, head in found.ranked()}
+    assert named == {"0.1", "1.1", "0.2"}
+
+
+def test_budget_bars_are_the_shares_and_fill_the_line(axes, found):
+    shares = np.linspace(0.1, 0.3, 6).reshape(2, 3)
+    paid = dict.fromkeys(BUDGET[:-1], shares)
+    paid["other"] = 1.0 - 5 * shares
+    plots.budget(axes, found, paid, "title")
+    by_part = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
+    assert by_part["targets"] == pytest.approx([shares[head] for head in by_score(found.score)])
+    assert np.sum(list(by_part.values()), axis=0) == pytest.approx(np.ones(6))
+    assert axes.get_yticklabels()[0].get_text() == "induction  0.1"
+
+
+def test_the_chosen_point_is_marked_on_precision_and_recall(axes, found):
+    plots.precision_recall(axes, found, Labels(frozenset({(0, 1), (1, 0)}), "by hand"), "title")
+    chosen = next(line for line in axes.lines if "verdicts" in line.get_label())
+    assert (chosen.get_xdata()[0], chosen.get_ydata()[0]) == (0.5, 0.5)
+    assert "by hand" in axes.get_title()
 
 
 def test_thresholds_are_drawn_where_they_are_highest_head_on_top(axes, found):

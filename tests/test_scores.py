@@ -44,6 +44,32 @@ def test_scores_agree_with_the_slow_oracle(random_gpt2, random_gpt2_folder, batc
         assert fast.mean(head_type) == pytest.approx(slow, abs=1e-6), head_type
 
 
+def test_the_attention_budget_is_all_of_the_attention(random_gpt2, batch):
+    """By the definition of other: what is left of 1, at queries with a target, from patterns read in full."""
+    found = scores.score(random_gpt2, batch, batch_size=2).budget()
+    assert sum(found.values()) == pytest.approx(np.ones((3, 4)))
+    paid = {part: [] for part in found}
+    for row in ROWS:
+        tokens = [random_gpt2.bos, *row]
+        pattern = scores.patterns(random_gpt2, np.array(tokens), [(2, 1)])[0]
+        cells = slow_cells(tokens)
+        for query in {query for query, _ in cells["prefix_matching"]}:
+            left = dict(enumerate(pattern[query, : query + 1]))
+            kinds = ("prefix_matching", "previous_token", "current_token", "duplicate_token", "first_token")
+            for part, kind in zip(found, kinds, strict=False):
+                paid[part].append(sum(left.pop(key, 0.0) for at, key in cells[kind] if at == query))
+            paid["other"].append(sum(left.values()))
+    for part, values in paid.items():
+        assert found[part][2, 1] == pytest.approx(np.mean(values), abs=1e-6), part
+
+
+def test_each_query_by_itself_adds_up_to_the_mean(random_gpt2, batch):
+    single = scores.per_query(random_gpt2, batch, batch_size=2)
+    whole = scores.score(random_gpt2, batch, batch_size=3)
+    assert single.shape == (whole.sums["prefix_matching"].counts.sum(), 3, 4)
+    assert single.mean(0) == pytest.approx(whole.mean("prefix_matching"), abs=1e-6)
+
+
 def test_batch_size_row_order_and_padding_change_nothing(random_gpt2, batch):
     whole = scores.score(random_gpt2, batch, batch_size=3)
     single = scores.score(random_gpt2, batch, batch_size=1)

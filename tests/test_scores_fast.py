@@ -253,10 +253,12 @@ def test_a_longer_row_needs_more_than_in_proportion(random_gpt2):
     assert long > 12 * short
 
 
-def test_the_flag_takes_auto_or_a_number():
+def test_auto_is_filled_in_for_the_longest_rows_and_a_number_stays(random_gpt2):
     parser = cli.shared_parser("")
-    assert parser.parse_args([]).batch_size is None
-    assert parser.parse_args(["--batch-size", "3"]).batch_size == 3
+    for arguments, length, rows in (([], 3, 16), ([], 1000, 2), (["--batch-size", "3"], 3, 3)):
+        args = parser.parse_args(arguments)
+        cli.choose_batch_size(args, random_gpt2, [("text", np.zeros(length, dtype=np.int64))])
+        assert args.batch_size == rows
 
 
 # --- memory ---

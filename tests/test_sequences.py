@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.sequences import TokenBatch, battery, head_type_cells
+from common.sequences import TokenBatch, battery, continuing, head_type_cells
 
 BOS = 0
 short_rows = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=14), min_size=1, max_size=4)
@@ -52,6 +52,28 @@ def test_groups_number_the_queries(rows):
         assert {(group, row, query) for group, row, query in zip(cells.group, cells.row, cells.query, strict=True)} == {
             (group, row, query) for group, (row, query) in enumerate(sorted(pairs))
         }
+
+
+@given(short_rows)
+def test_the_budget_gives_every_cell_to_one_part(rows):
+    """Of queries with a target: targets first, then the previous token, the token itself, earlier copies, BOS."""
+    batch = batch_of(*rows)
+    for number, row in enumerate(rows):
+        slow = slow_cells([BOS, *row])
+        queries = {query for query, _ in slow["prefix_matching"]}
+        taken = set(slow["prefix_matching"])
+        for part, kind in (("previous", "previous_token"), ("self", "current_token"), ("duplicates", "duplicate_token"),
+                           ("bos", "first_token")):  # fmt: skip
+            expected = {(query, key) for query, key in slow[kind] if query in queries} - taken
+            assert cells_of(batch, f"budget_{part}", number) == expected
+            taken |= expected
+
+
+def test_continuing_tokens_are_those_that_something_predicts():
+    batch = batch_of([7, 8, 9, 7, 8, 5])
+    assert np.flatnonzero(continuing(batch)[0]).tolist() == [5], "8 after 7; not 7 itself, not 5 after 8"
+    padded = TokenBatch.of([np.array([0, 7, 8, 7]), np.array([0, 7, 8, 7, 8])], pad=8)
+    assert not continuing(padded)[0].any(), "padding continues nothing"
 
 
 def test_target_is_the_token_after_the_copy_not_the_copy():

@@ -17,14 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from common import models, scores
-from common.sequences import Ints, TokenBatch, battery
+from common import effects, models, scores
+from common.detection import name
+from common.sequences import TokenBatch, battery, continuing
 
 ROWS = 32
 LENGTH = 128
 SEED = 20_000  # no training row is drawn with it
+STARTS = ("And the king said unto", "She was not at all", "In the beginning")
+TEMPERATURE = 0.7
+SHOWN = ("prefix_matching", "previous_token", "duplicate_token", "first_token")
 
 
 def main() -> None:
@@ -38,8 +41,11 @@ def main() -> None:
     text = args.held_out.read_text(encoding="utf-8")
     report(model, "held-out English, said twice", said_twice(model, text))
     print(f"loss on held-out English: {plain_loss(model, text):.2f} nats per token")
-    for start in ("And the king said unto", "She was not at all", "In the beginning"):
-        print(f"{start!r} continues: {continuation(model, start)!r}")
+    quarters = ", ".join(f"{loss:.2f}" for loss in loss_by_position(model, text))
+    print(f"the same in rows of {model.context} tokens, by quarter of the row: {quarters}")
+    for start in STARTS:
+        print(f"likeliest token by token: {continuation(model, start)!r}")
+        print(f"drawn at temperature {TEMPERATURE}: {continuation(model, start, temperature=TEMPERATURE)!r}")
 
 
 def said_twice(model: models.Model, text: str) -> TokenBatch:
@@ -52,58 +58,52 @@ def said_twice(model: models.Model, text: str) -> TokenBatch:
 
 
 def report(model: models.Model, what: str, batch: TokenBatch) -> None:
+    """Print the scores of every head and the losses on repeats and on fresh tokens."""
     measured = scores.score(model, batch, batch_size=8)
+    means = [measured.mean(head_type) for head_type in SHOWN]
     print(f"{what} ({len(batch.tokens)} rows of {batch.tokens.shape[1]} tokens)")
-    for head_type in ("previous_token", "prefix_matching"):
-        mean = measured.mean(head_type)
-        best = np.argsort(-mean, axis=None)[:5]
-        named = [f"{place // model.n_heads}.{place % model.n_heads} {mean.flat[place]:.2f}" for place in best]
-        print(f"  {head_type}: {', '.join(named)}")
+    print("  head  " + "  ".join(SHOWN))
+    for layer, head in np.ndindex(model.n_layers, model.n_heads):
+        cells = (f"{mean[layer, head]:{len(head_type)}.2f}" for head_type, mean in zip(SHOWN, means, strict=True))
+        print(f"  {name(layer, head):4}  " + "  ".join(cells))
     repeat, fresh = split_losses(model, batch)
     print(f"  loss on repeats {repeat:.2f}, on fresh tokens {fresh:.2f}, ratio {repeat / fresh:.2f}")
 
 
-def token_losses(model: models.Model, tokens: Ints) -> torch.Tensor:
-    """Loss of each token given those before it, [rows, pos - 1], in nats."""
-    ids = torch.from_numpy(tokens)
-    with torch.inference_mode():
-        logits = model.bridge.original_model(ids).logits.float()
-    return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-
-
 def split_losses(model: models.Model, batch: TokenBatch) -> tuple[float, float]:
-    """Mean loss at tokens that continue a repeat, and at tokens before the first repeat."""
-    losses = token_losses(model, batch.tokens)
-    repeated = continuing(batch)
-    first = np.where(repeated.any(1), repeated.argmax(1), batch.tokens.shape[1])
-    fresh = np.arange(batch.tokens.shape[1]) < first[:, None]
-    return losses[repeated[:, 1:]].mean().item(), losses[fresh[:, 1:]].mean().item()
-
-
-def continuing(batch: TokenBatch) -> NDArray[np.bool_]:
-    """Which tokens, [rows, pos], are what followed an earlier copy of the token before them."""
-    cells = batch.cells["prefix_matching"]
-    inside = cells.query + 1 < batch.tokens.shape[1]
-    row, query, key = cells.row[inside], cells.query[inside], cells.key[inside]
-    same = batch.tokens[row, query + 1] == batch.tokens[row, key]
-    mask = np.zeros(batch.tokens.shape, dtype=bool)
-    mask[row[same], query[same] + 1] = True
-    return mask
+    """Mean loss at tokens that continue a repeat, and at tokens before the first repeat, in nats."""
+    losses = effects.losses(model, batch)
+    return float(losses[continuing(batch)].mean()), float(losses[effects.fresh(batch)].mean())
 
 
 def plain_loss(model: models.Model, text: str) -> float:
     ids = model.encode(text)[1:]
     starts = range(0, len(ids) - LENGTH, LENGTH)
-    rows = np.stack([np.concatenate([[model.bos], ids[start : start + LENGTH]]) for start in starts])
-    return token_losses(model, rows).mean().item()
+    rows = [np.concatenate([[model.bos], ids[start : start + LENGTH]]) for start in starts]
+    return float(np.nanmean(effects.losses(model, TokenBatch.of(rows, pad=model.bos))))
 
 
-def continuation(model: models.Model, start: str, count: int = 30) -> str:
-    """The likeliest continuation, token by token."""
+def loss_by_position(model: models.Model, text: str) -> list[float]:
+    """Loss on `ROWS` rows of text as long as the context, in nats per token, for each quarter of the row."""
+    ids = model.encode(text)[1:]
+    starts = np.linspace(0, len(ids) - model.context, ROWS).astype(int)
+    rows = np.stack([np.concatenate([[model.bos], ids[start : start + model.context - 1]]) for start in starts])
+    losses = effects.losses(model, TokenBatch.of(list(rows), pad=model.bos))[:, 1:]
+    return [float(part.mean()) for part in np.array_split(losses, 4, axis=1)]
+
+
+def continuation(model: models.Model, start: str, *, count: int = 40, temperature: float = 0.0) -> str:
+    """`start` and `count` tokens more: the likeliest each time, or drawn (fixed seed) at a `temperature` above 0."""
     ids = torch.from_numpy(model.encode(start))[None]
+    generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         for _ in range(count):
-            ids = torch.cat([ids, model.bridge.original_model(ids).logits[:, -1:].argmax(-1)], dim=1)
+            logits = model.bridge.original_model(ids).logits[0, -1].float()
+            if temperature:
+                following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            else:
+                following = logits.argmax(keepdim=True)
+            ids = torch.cat([ids, following[None]], dim=1)
     return model.tokenizer.decode(ids[0, 1:])
 
 

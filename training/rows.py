@@ -1,6 +1,8 @@
-"""Training rows: English, and three kinds of repetition. Every row is a pure function of its random generator.
+"""Training rows: English, and four kinds of repetition. Every row is a pure function of its random generator.
 
 english: a stretch of text.
+loop:    2 to 6 random tokens said 2 to 5 times on end, then others: what stands a few tokens back pays at once, so
+         heads that look back a fixed short distance form first.
 chain:   4 to 23 tokens under a successor map drawn for this row, followed 85 % of the time. Only content tells what
          comes next: the offset to the target is random, so no head that looks back a fixed distance solves it.
 random:  random tokens, then one segment again, once or twice, after random gaps.
@@ -12,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-KINDS = ("english", "chain", "random", "natural")
+KINDS = ("english", "loop", "chain", "random", "natural")
 FOLLOW = 0.85
 
 Row = NDArray[np.int64]
@@ -22,9 +24,9 @@ def make_batch(
     rng: np.random.Generator, text: Row, ordinary: Row, bos: int, *, rows: int, length: int, mix: dict[str, float]
 ) -> tuple[NDArray[np.int64], list[str]]:
     """`rows` rows of `length` token ids, [rows, length], and the kind of each; `mix` gives each kind's probability."""
-    makers = {"english": english, "chain": chain, "random": random_repeat, "natural": natural_repeat}
+    makers = {"english": english, "loop": loop, "chain": chain, "random": random_repeat, "natural": natural_repeat}
     kinds = list(rng.choice(list(mix), size=rows, p=list(mix.values())))
-    sources = {"english": text, "natural": text, "chain": ordinary, "random": ordinary}
+    sources = {kind: text if kind in ("english", "natural") else ordinary for kind in mix}
     bodies = [makers[kind](rng, sources[kind], length - 1) for kind in kinds]
     return np.stack([np.concatenate([[bos], body]) for body in bodies]), kinds
 
@@ -33,6 +35,15 @@ def english(rng: np.random.Generator, text: Row, length: int) -> Row:
     """A stretch of the text."""
     start = rng.integers(len(text) - length)
     return text[start : start + length]
+
+
+def loop(rng: np.random.Generator, ordinary: Row, length: int) -> Row:
+    """Stretches of 2 to 6 random tokens, each said 2 to 5 times on end, one stretch after the other."""
+    parts: list[Row] = []
+    while sum(len(part) for part in parts) < length:
+        period, times = int(rng.integers(2, 7)), int(rng.integers(2, 6))
+        parts.append(np.tile(rng.choice(ordinary, size=period, replace=False), times))
+    return np.concatenate(parts)[:length]
 
 
 def chain(rng: np.random.Generator, ordinary: Row, length: int) -> Row:

@@ -15,6 +15,8 @@ import argparse
 import csv
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,16 +30,20 @@ from transformers.activations import ACT2FN
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training import corpus, rows
+from training.muon import Muon
 
 BOS = "<|endoftext|>"
 VOCABULARY = 2048
-CONFIG = {"n_positions": 512, "n_embd": 128, "n_layer": 3, "n_head": 4}
+CONFIG = {"n_positions": 512, "n_embd": 192, "n_layer": 4, "n_head": 6, "initializer_range": 0.05}
 POSITION_SCALE = 0.3  # size of the sinusoidal start of the position embeddings; learned from there
-STEPS = 3600
-WARM_UP = 100
-CYCLES = ((0, 2100, 2e-3), (2100, 3600, 1.5e-3))  # from step, to step, peak learning rate
-FINAL_RATE = 1e-4
-KEEP = (100, 400, 700, 1200)  # steps whose weights are kept as 16-bit checkpoints
+LONGEST_WAVE = 1000  # of that start, in positions over 2 pi
+STEPS = 2560
+WARM_UP = 30  # steps over which the learning rate rises
+COOL_DOWN = (1400, 2400)  # steps between which it falls linearly
+MATRIX_RATE, OTHER_RATE = 3e-3, 2e-3  # peak learning rates of Muon and of AdamW
+FINAL_SHARE = 0.05  # of the peak, from then on
+KEEP = (100, 300, 600)  # steps whose weights are kept as 16-bit checkpoints
+WEIGHT_DECAY = 0.01
 SAVE_EVERY = 100
 
 
@@ -47,6 +53,9 @@ class Stage:
 
     With `active` tokens only those are drawn and predicted. Induction forms on 512 tokens in a few hundred steps and
     not in thousands on 2,048; once it is there it carries over to tokens it has never seen.
+
+    Only the first `heads` heads of each layer take part, the rest are silent and learn nothing. With all of them at
+    work on rows made of repeats, every head of a layer becomes an induction head, which no larger model shows.
     """
 
     start: int
@@ -54,14 +63,16 @@ class Stage:
     rows: int
     mix: dict[str, float]
     active: int = VOCABULARY
+    heads: int = CONFIG["n_head"]
 
 
 STAGES = (
-    Stage(0, 96, 64, {"chain": 1.0}, active=512),
-    Stage(700, 256, 32, {"english": 0.60, "chain": 0.10, "random": 0.15, "natural": 0.15}),
-    Stage(1950, 512, 16, {"english": 0.55, "chain": 0.10, "random": 0.15, "natural": 0.20}),
-    Stage(2100, 256, 32, {"english": 0.45, "chain": 0.05, "random": 0.15, "natural": 0.35}),
-    Stage(3450, 512, 16, {"english": 0.50, "chain": 0.05, "random": 0.15, "natural": 0.30}),
+    Stage(0, 64, 64, {"chain": 0.5, "loop": 0.5}, active=512, heads=2),
+    Stage(500, 128, 32, {"english": 0.70, "chain": 0.02, "random": 0.10, "natural": 0.18}),
+    Stage(1100, 128, 32, {"english": 0.60, "chain": 0.02, "random": 0.08, "natural": 0.30}),
+    Stage(2150, 256, 16, {"english": 0.60, "chain": 0.02, "random": 0.08, "natural": 0.30}),
+    Stage(2300, 512, 8, {"english": 0.60, "chain": 0.02, "random": 0.08, "natural": 0.30}),
+    Stage(2400, 128, 32, {"english": 0.50, "chain": 0.02, "random": 0.08, "natural": 0.40}),
 )
 
 
@@ -112,8 +123,10 @@ def make_model(vocabulary: int, bos: int) -> GPT2LMHeadModel:
     model.set_attn_implementation("eager")  # the fastest on a CPU at these lengths
     for block in model.transformer.h:
         block.mlp.act = ACT2FN["gelu_pytorch_tanh"]  # GPT-2's own GELU in one kernel
+        torch.nn.init.zeros_(block.attn.c_proj.weight)  # each layer starts by adding nothing
+        torch.nn.init.zeros_(block.mlp.c_proj.weight)
     positions, width = CONFIG["n_positions"], CONFIG["n_embd"]
-    frequency = torch.exp(-math.log(10_000) * torch.arange(0, width, 2) / width)
+    frequency = torch.exp(-math.log(LONGEST_WAVE) * torch.arange(0, width, 2) / width)
     angle = torch.arange(positions)[:, None] * frequency
     with torch.no_grad():
         model.transformer.wpe.weight[:, 0::2] = POSITION_SCALE * torch.sin(angle)
@@ -123,76 +136,117 @@ def make_model(vocabulary: int, bos: int) -> GPT2LMHeadModel:
 
 def train(args: argparse.Namespace, text: rows.Row, tokenizer: GPT2TokenizerFast) -> None:
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bos = tokenizer.bos_token_id
-    model = make_model(len(tokenizer), bos).to(device)
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    plain = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=FINAL_RATE, fused=True)
-    start = resume(args.out / "state.pt", model, optimizer)
-    ordinary = np.array([token for token in range(len(tokenizer)) if token != bos])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = make_model(len(tokenizer), tokenizer.bos_token_id).to(device)
+    optimizers = make_optimizers(model)
+    start = resume(args.out / "state.pt", model, optimizers)
+    cut_log(args.out / "log.csv", start)
     with progress_bar() as bar:
         task = bar.add_task("training", total=args.steps, completed=start)
         for step in range(start, args.steps):
-            stage = next(stage for stage in reversed(STAGES) if step >= stage.start)
-            rng = np.random.default_rng([args.seed, step])
-            known = ordinary[ordinary < stage.active]
-            tokens, kinds = rows.make_batch(rng, text, known, bos, rows=stage.rows, length=stage.length, mix=stage.mix)
-            tokens_there = torch.from_numpy(tokens).to(device)
-            losses = one_step(model, optimizer, tokens_there, rate(step), stage.active)
+            losses, kinds = take_step(model, optimizers, text, step=step, seed=args.seed)
             bar.update(task, advance=1, description=f"loss {losses.mean():.2f}")
             log(args.out / "log.csv", step + 1, losses, kinds)
             if step + 1 in KEEP:
                 save_checkpoint(model, tokenizer, args.out / "checkpoints" / f"step-{step + 1:04d}")
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
-                save_state(args.out / "state.pt", model, optimizer, step + 1)
+                save_state(args.out / "state.pt", model, optimizers, step + 1)
     model.float().save_pretrained(args.out / "model")
 
 
-def one_step(
-    model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, learning_rate: float, active: int
+def take_step(
+    model: GPT2LMHeadModel, optimizers: list[torch.optim.Optimizer], text: rows.Row, *, step: int, seed: int
+) -> tuple[torch.Tensor, list[str]]:
+    """Draw the rows of `step` and learn from them; the mean loss of each row, [rows], and its kind."""
+    stage = next(stage for stage in reversed(STAGES) if step >= stage.start)
+    bos = model.config.bos_token_id
+    ordinary = np.array([token for token in range(stage.active) if token != bos])
+    rng = np.random.default_rng([seed, step])
+    tokens, kinds = rows.make_batch(rng, text, ordinary, bos, rows=stage.rows, length=stage.length, mix=stage.mix)
+    for optimizer, peak in zip(optimizers, (MATRIX_RATE, OTHER_RATE), strict=True):
+        optimizer.param_groups[0]["lr"] = peak * rate(step)
+    with only_heads(model, stage.heads):
+        return learn(model, optimizers, torch.from_numpy(tokens).to(model.device), stage.active), kinds
+
+
+def make_optimizers(model: GPT2LMHeadModel) -> list[torch.optim.Optimizer]:
+    """Muon for the weight matrices of the blocks, AdamW for embeddings, biases and LayerNorms."""
+    blocks = {id(weight) for weight in model.transformer.h.parameters() if weight.ndim == 2}
+    matrices = [parameter for parameter in model.parameters() if id(parameter) in blocks]
+    others = [parameter for parameter in model.parameters() if id(parameter) not in blocks]
+    adamw = torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    return [Muon(matrices, lr=MATRIX_RATE, weight_decay=WEIGHT_DECAY), adamw]
+
+
+def learn(
+    model: GPT2LMHeadModel,
+    optimizers: list[torch.optim.Optimizer],
+    tokens: torch.Tensor,
+    active: int,
 ) -> torch.Tensor:
     """One optimiser step on [rows, length] token ids; the mean loss of each row, [rows], in nats per token.
 
     Only the first `active` tokens of the vocabulary take part in the prediction.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
     with torch.autocast(tokens.device.type, torch.bfloat16):
         logits = model(tokens[:, :-1], use_cache=False).logits[..., :active]
     targets = tokens[:, 1:]
     flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     flat.mean().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     return flat.detach().float().view_as(targets).mean(1).cpu()
 
 
+@contextmanager
+def only_heads(model: GPT2LMHeadModel, count: int) -> Iterator[None]:
+    """Silence all heads but the first `count` of each layer: they add nothing and get no gradient."""
+    width = model.config.n_embd // model.config.n_head
+    heard = (torch.arange(model.config.n_embd, device=model.device) < count * width).float()
+
+    def silence(projection: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (inputs[0] * heard,)
+
+    hooks = [block.attn.c_proj.register_forward_pre_hook(silence) for block in model.transformer.h]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def rate(step: int) -> float:
-    """Per cycle: linear warm-up, then a cosine from its peak to the final rate."""
-    start, stop, peak = next(cycle for cycle in reversed(CYCLES) if step >= cycle[0])
-    if step < start + WARM_UP:
-        return peak * (step - start + 1) / WARM_UP
-    done = min(1.0, (step - start - WARM_UP) / (stop - start - WARM_UP))
-    return FINAL_RATE + (peak - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+    """Share of the peak learning rate, in (0, 1]: a linear rise, the peak, a linear fall, the final share."""
+    start, stop = COOL_DOWN
+    left = min(1.0, max(0.0, (stop - step) / (stop - start)))
+    return min(1.0, (step + 1) / WARM_UP) * (FINAL_SHARE + (1 - FINAL_SHARE) * left)
 
 
-def resume(path: Path, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer) -> int:
+def resume(path: Path, model: GPT2LMHeadModel, optimizers: list[torch.optim.Optimizer]) -> int:
     """Load the state that an interrupted run left, if any; the step to go on from."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     return state["step"]
 
 
-def save_state(path: Path, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_state(path: Path, model: GPT2LMHeadModel, optimizers: list[torch.optim.Optimizer], step: int) -> None:
     partial = path.with_suffix(".partial")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, partial)
+    saved = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save({"model": model.state_dict(), "optimizers": saved, "step": step}, partial)
     partial.replace(path)
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop what an interrupted run logged after the state it left: those steps are done again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[: step + 1] if step else []), encoding="utf-8")
 
 
 def save_checkpoint(model: GPT2LMHeadModel, tokenizer: GPT2TokenizerFast, folder: Path) -> None:
@@ -205,10 +259,10 @@ def save_checkpoint(model: GPT2LMHeadModel, tokenizer: GPT2TokenizerFast, folder
 
 def log(path: Path, step: int, losses: torch.Tensor, kinds: list[str]) -> None:
     """Append the mean loss per row kind; empty where no row of that kind was drawn."""
-    new = not path.exists()
+    new = not path.exists() or not path.stat().st_size
     means = [losses[[drawn == kind for drawn in kinds]] for kind in rows.KINDS]
     with path.open("a", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(["step", *(f"{kind}_loss" for kind in rows.KINDS)])
         writer.writerow([step, *(f"{mean.mean().item():.4f}" if len(mean) else "" for mean in means)])

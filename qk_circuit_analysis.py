@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+"""Show what the queries of one layer look for, in maps checked against the model, and which of its parts make them.
+
+    python qk_circuit_analysis.py --model mini                      # the layer of its strongest induction head
+    python qk_circuit_analysis.py --model mini --text "a b c a b"   # your text
+    python qk_circuit_analysis.py --layer 5 --head 1 --export       # any head; q and k as safetensors files
+
+Query and key of every head of the layer meet on the texts below (or --text, --sequences-file); a map that does not
+reproduce the model's own attention stops the run. The scores of one head are then split into query source × key
+source, and its weights are compared with those of earlier heads. Writes PNGs, results.json and terms.csv to
+outputs/<model>/qk_circuit_analysis, the largest terms to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import cli, report
+from common.detection import Detection, by_score, name
+from common.errors import UserError
+from common.sequences import Floats, Ints, TokenBatch
+
+if TYPE_CHECKING:  # what loads torch or matplotlib is imported where it is used: --help stays quick
+    from common.models import Model
+    from common.qk import Decomposition, Interaction
+
+# Edit me: the texts to look at, and the layer ("auto": the layer of the strongest induction head; or a number).
+sequences = [
+    "the cat sat on the mat",
+    "the cat sat the cat sat",
+    "the quick brown fox jumps over the lazy dog",
+    "the quick brown fox jumps the quick brown fox jumps",
+]
+layer: int | str = "auto"
+
+PROGRAM = "qk_circuit_analysis"
+GRID = 16  # heads drawn side by side; of a layer with more, those with the highest prefix matching
+TERMS = 8  # terms listed of each decomposition
+DISTANCES = (1, 4, 16)  # between query and key, where the weights' score depends on it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; the exit code: 0, 2 for what a user can mend, 130 for Ctrl-C."""
+    parser = cli.shared_parser(__doc__ or "")
+    add = parser.add_argument
+    add("--layer", type=cli.number_or("auto"), metavar="N|auto", help="layer, from 0 (default: `layer` in the script)")
+    head = "head drawn large and decomposed, from 0; auto: the strongest induction head of the layer (default auto)"
+    add("--head", type=cli.number_or("all", "auto"), default="auto", metavar="N|all|auto", help=head)
+    add("--export", action="store_true", help="also write q and k of the layer, a safetensors file per text")
+    return cli.run(analyse_layer, parser.parse_args(argv), PROGRAM)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The layer, its `heads` to show large, those to draw side by side (`grid`), its induction heads, and why these."""
+
+    layer: int
+    heads: list[int]
+    grid: list[int]
+    induction: list[int]
+    reason: str
+
+
+def analyse_layer(args: argparse.Namespace) -> None:
+    """Load, choose the layer, let its queries and keys meet on the texts, decompose, compare weights, report."""
+    started = time.monotonic()
+    texts = cli.chosen_texts(args, sequences)
+    report.say(f"loading --model {args.model} …")
+    from common import models, qk
+
+    model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
+    args.layer = layer if args.layer is None else args.layer
+    qk.check_exists(
+        model, None if args.layer == "auto" else args.layer, None if args.head in ("auto", "all") else args.head
+    )
+    encoded = cli.encode(model, texts)
+    cli.choose_batch_size(args, model, encoded)
+    out = args.out or Path("outputs") / model.name / PROGRAM
+    with report.output_folder(out) as folder:
+        found, previous_token = measure_heads(model, args)
+        chosen = choose_heads(found, args)
+        report.say(f"layer {chosen.layer}: {chosen.reason}")
+        looked = [look(folder, model, chosen, args, n, *text) for n, text in enumerate(encoded, start=1)]
+        decomposed = [record for entry in looked for record in entry.pop("decomposed")]
+        richest = max(looked, key=lambda entry: len(entry["cells"]))["number"]  # the text with most induction cells
+        weights = weigh(folder, model, chosen, previous_token, args, *encoded[richest - 1])
+        terms = [{"text": one["text"], "head": one["head"], **term} for one in decomposed for term in one["terms"]]
+        if terms:
+            report.write_csv(folder / "terms.csv", terms)
+        measured = {"prefix_matching": found.score, "induction": found.induction, "previous_token": previous_token}
+        results = {
+            **report.provenance(args, model, started),
+            "layer": chosen.layer,
+            "chosen": chosen.reason,
+            "heads": [
+                {"layer": chosen.layer, "head": head, **{key: of[chosen.layer, head] for key, of in measured.items()}}
+                for head in range(model.n_heads)
+            ],
+            "check": {"max_abs_error": max(entry["check"]["max_abs_error"] for entry in looked)},
+            "sequences": looked,
+            "decomposition": decomposed,
+            **weights,
+            "interventions": [],
+            "files": sorted([*(path.name for path in folder.iterdir()), "results.json"]),
+        }
+        report.write_json(folder / "results.json", results)
+    print_summary(results, richest, out)
+
+
+def measure_heads(model: Model, args: argparse.Namespace) -> tuple[Detection, Floats]:
+    """Which heads are induction heads, and how much each attends to the previous token, [layer, head]."""
+    from common.survey import survey
+
+    options = {"seed": args.seed, "batch_size": args.batch_size, "threshold": args.threshold}
+    measured = survey(model, **options, progress=report.progress)
+    return measured.found, measured.evidence.controls.mean("previous_token")
+
+
+def choose_heads(found: Detection, args: argparse.Namespace) -> Chosen:
+    """The layer of the strongest induction head, or the one asked for; where it has none, the head closest to one."""
+    order = [head for head in [*found.ranked(), *by_score(found.score)] if args.layer in ("auto", head[0])]
+    at, strongest = order[0]
+    kind = "the strongest induction head is" if found.induction[order[0]] else "no induction head; the closest is"
+    asked = "" if args.head == "auto" else f"--head {args.head}; "
+    heads = {"all": list(range(found.score.shape[1])), "auto": [strongest]}.get(args.head, [args.head])
+    grid = sorted([head for inside, head in by_score(found.score) if inside == at][:GRID])
+    reason = f"{asked}{kind} {name(at, strongest)}, prefix matching {found.score[at, strongest]:.2f}"
+    return Chosen(at, heads, grid, [head for inside, head in found.ranked() if inside == at], reason)
+
+
+def look(
+    folder: Path, model: Model, chosen: Chosen, args: argparse.Namespace, number: int, text: str, tokens: Ints
+) -> dict[str, Any]:
+    """One text: how queries and keys of the layer meet, checked and drawn; what scores of chosen heads are made of."""
+    from common import qk
+
+    induction = TokenBatch.of([tokens], pad=model.bos).cells["prefix_matching"]
+    cells = sorted(zip(induction.query.tolist(), induction.key.tolist(), strict=True))
+    met = qk.interact(model, tokens[None], chosen.layer)
+    split = decompose(model, tokens, met, chosen.heads, cells)
+    if args.export:
+        qk.export(met, tokens, folder / f"qk_{number:02d}.safetensors")
+    maps = []
+    if not args.no_plots:
+        from common import qk_plots
+
+        title = f"{model.name}, text {number}: {cli.shortened(text)}"
+        figures = qk_plots.text_figures(met, split, chosen.grid, model.strings(tokens), cells, title)
+        maps = qk_plots.save_all(figures, folder, f"_{number:02d}")
+    records = {head: {"refused": one, "terms": []} if isinstance(one, str) else one.record(TERMS)
+               for head, one in split.items()}  # fmt: skip
+    return {
+        "number": number,
+        "text": text,
+        "tokens": model.strings(tokens),
+        "cells": cells,
+        "check": {**vars(met.check), "max_abs_error": met.check.max_abs_error},
+        "maps": maps,
+        "decomposed": [{"text": number, "head": name(chosen.layer, head), **one} for head, one in records.items()],
+    }
+
+
+def decompose(
+    model: Model, tokens: Ints, met: Interaction, heads: list[int], cells: list[tuple[int, int]]
+) -> dict[int, Decomposition | str]:
+    """What the mean score of the cells is made of, head by head, or why that cannot be said."""
+    from common import qk
+
+    try:
+        return {**qk.decompose(model, tokens, met, heads, cells)}
+    except UserError as error:
+        report.say(f"warning: {error}")
+        return {head: str(error) for head in heads}
+
+
+def weigh(
+    folder: Path,
+    model: Model,
+    chosen: Chosen,
+    previous_token: Floats,
+    args: argparse.Namespace,
+    text: str,
+    tokens: Ints,
+) -> dict[str, Any]:
+    """What the weights say: which earlier heads the layer reads, and what its first chosen head makes of a text."""
+    from common import circuits
+
+    at, head = chosen.layer, chosen.heads[0]
+    try:
+        composition = circuits.compose(model, at, seed=args.seed)
+        heads = chosen.induction or chosen.heads
+        pair = composition.from_previous_token(previous_token, heads) if composition else None
+        found = circuits.head_circuits(model, (at, head), pair and pair[0], tokens, distances=DISTANCES)
+    except UserError as error:
+        report.say(f"warning: {error}")
+        return {"composition": None, "directions": []}
+    strings = model.strings(found.tokens)
+    if not args.no_plots:
+        from common import qk_plots
+
+        title = f"{model.name}, tokens of: {cli.shortened(text)}"
+        qk_plots.save_all(qk_plots.weight_figures(found, composition, pair, strings, len(tokens), title), folder)
+    return {
+        "composition": composition.record(pair) if composition and pair else None,
+        "directions": [direction.record(strings, TERMS) for direction in found.directions],
+    }
+
+
+def print_summary(results: dict[str, Any], richest: int, out: Path) -> None:
+    """The largest terms on the text with most induction cells, the self-check, the composed pair, the files."""
+    for one in (one for one in results["decomposition"] if one["text"] == richest and one["terms"]):
+        which = f"{len(one['cells'])} {one['cells_are']} of text {richest}"
+        print(f"Head {one['head']} on {which}: ahead of the other tokens in sight by {one['lead']:.2f}, made of")
+        rows = [[term["query"], term["key"], f"{term['value']:.2f}"] for term in one["terms"]]
+        report.print_table("", ["query source", "key source", "part of the lead"], rows)
+    print(f"Our scores reproduce the model's: largest error {results['check']['max_abs_error']:.1e}")
+    if results["composition"]:
+        pair, limit = (results["composition"][key] for key in ("previous_token_to_induction", "z_limit"))
+        chance = f"{pair['baseline']:.3f} by chance, z = {pair['z']:.1f} (above {limit:.1f} counts)"
+        print(f"K-composition {pair['writes']} → {pair['reads']}: {pair['score']:.3f}, {chance}")
+    print(f"Written to {out}: {', '.join(results['files'])}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
