@@ -73,6 +73,7 @@ def find_induction_heads(args: argparse.Namespace) -> None:
     model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
     encoded = cli.encode(model, texts)
+    cli.choose_batch_size(args, model, encoded)
     labels = choose_labels(model, args)
     out = args.out or Path("outputs") / model.name / PROGRAM
     options = {"seed": args.seed, "batch_size": args.batch_size, "threshold": args.threshold}

@@ -73,6 +73,7 @@ def analyse_layer(args: argparse.Namespace) -> None:
         model, None if args.layer == "auto" else args.layer, None if args.head in ("auto", "all") else args.head
     )
     encoded = cli.encode(model, texts)
+    cli.choose_batch_size(args, model, encoded)
     out = args.out or Path("outputs") / model.name / PROGRAM
     with report.output_folder(out) as folder:
         found, previous_token = measure_heads(model, args)
