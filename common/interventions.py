@@ -281,20 +281,37 @@ def _mlp_change(clean: Recordings, layer: int, difference: torch.Tensor) -> torc
     return changed - made
 
 
-def without_source(sources: Sequence[Head], receivers: Sequence[Head], part: str, clean: Recordings) -> Intervention:
+def without_source(
+    sources: Sequence[Head],
+    receivers: Sequence[Head],
+    part: str,
+    clean: Recordings,
+    *,
+    through_first_mlp: bool = False,
+) -> Intervention:
     """The receivers' query, key or values read the residual stream without what the source heads wrote into it.
 
     The scale of the receiver's LayerNorm is frozen at its clean value, so a query or key changes by exactly the linear
-    term that a decomposition of the score by source gives it. Raises UserError as `path` does.
+    term that a decomposition of the score by source gives it. `through_first_mlp`: a source of layer 0 is what that
+    head wrote with what MLP 0 makes of it, as in common/qk.py. Raises UserError as `path` does.
     """
     _check_order(sources, receivers)
-    lost = torch.stack([written(clean, head, _output(clean, head)) for head in sources]).sum(0)
+    lost = torch.stack([_lost(clean, head, through_first_mlp) for head in sources]).sum(0)
 
     def moved(layer: int, head: int, column: int) -> Change:
         term = project_frozen(clean, layer, part, column, lost)
         return lambda old, run: old - term[run.rows]
 
     return _inputs(f"{PARTS[part]} without {_names(sources)}", receivers, part, clean, moved)
+
+
+def _lost(clean: Recordings, head: Head, through_first_mlp: bool) -> torch.Tensor:
+    """What the residual stream holds of a source head, [rows, pos, d_model]."""
+    direct = written(clean, head, _output(clean, head))
+    if head[0] > 0 or not through_first_mlp:
+        return direct
+    silenced = Recordings(clean.model, clean.tokens, batch_size=clean.batch_size, under=zero([head]))
+    return clean.get(1, "resid_pre") - silenced.get(1, "resid_pre")
 
 
 def project(clean: Recordings, layer: int, part: str, column: int, stream: torch.Tensor) -> torch.Tensor:

@@ -278,9 +278,9 @@ def removal(model: Model, tokens: Ints, met: Interaction, head: int, split: Deco
 
     {source, predicted, measured: change of the lead; score_predicted, score_measured: of the score itself;
     relative_error: the larger error of both, relative to the predicted change of the lead}; means over the cells, in
-    score units, LayerNorm's scale frozen. `tokens`: the row [pos] of the decomposition; `met`: its layer there. None
-    where no earlier head is among the sources. Raises UserError where keys are normed once more, head by head: what is
-    left of a key would then be normed anew.
+    score units, LayerNorm's scale frozen; a head of layer 0 counts with what MLP 0 makes of it. `tokens`: the row [pos]
+    of the decomposition; `met`: its layer there. None where no earlier head is among the sources. Raises UserError
+    where keys are normed once more, head by head: what is left of a key would then be normed anew.
     """
     earlier = {head_name(layer, other): (layer, other) for layer in range(met.layer) for other in range(model.n_heads)}
     columns = [column for column, source in enumerate(split.sources) if source in earlier]
@@ -309,8 +309,9 @@ def _without(
     model: Model, tokens: Ints, met: Interaction, head: int, source: Head, cells: Sequence[tuple[int, int]]
 ) -> dict[str, float]:
     """The mean change of lead and score over the cells with the source taken out of the head's key."""
-    removed = _shared_key(without_source([source], [(met.layer, head)], "k", Recordings(model, tokens[None])))
-    with applied(model, removed):
+    clean = Recordings(model, tokens[None])
+    removed = without_source([source], [(met.layer, head)], "k", clean, through_first_mlp=True)
+    with applied(model, _shared_key(removed)):
         changed = interact(model, tokens[None], met.layer)
     query, key = np.array(cells).T
     products = (changed.products - met.products)[0, head]
