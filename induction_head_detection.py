@@ -100,12 +100,14 @@ def find_induction_heads(args: argparse.Namespace) -> None:
                 tables.text_entry(measured.found, text, model.strings(tokens), on_text)
                 for text, tokens, on_text in on_texts
             ],
-            "files": sorted([*(path.name for path in folder.iterdir()), "results.json"]),
         }
+        if not args.no_plots:
+            write_page(folder, model, results, ablated, on_texts)
+        results["files"] = sorted([*(path.name for path in folder.iterdir()), "results.json"])
         report.write_json(folder / "results.json", results)
     print_summary(results, measured, quality, ablated, out)
-    if ablated and ablated.missing:
-        raise KeyboardInterrupt(f"not measured: {', '.join(ablated.missing)}; the rest is written, run again to go on")
+    if ablated:
+        cli.say_missing(ablated.missing)
 
 
 def choose_labels(model: Model, args: argparse.Namespace) -> Labels | None:
@@ -169,6 +171,25 @@ def draw_effects(
     if ablated and ablated.effects:
         figure = effect_plots.ablation_figure(ablated, f"{model.name}: without its induction heads")
         plots.save(figure, folder / "ablation.png")
+
+
+def write_page(
+    folder: Path, model: Model, results: dict[str, Any], ablated: Ablation | None, on_texts: Sequence[Any]
+) -> None:
+    """The pictures on one page, report.html, with every number on hovering and the patterns of every head."""
+    from common import html_report, scores, tables
+
+    def on_page(number: int, text: str, tokens: Ints, on_text: TextScores) -> html_report.TextMaps:
+        said = tables.text_line(number, results["sequences"][number - 1])
+        places = html_report.drawn_places(len(tokens), on_text.cells)
+        pattern = scores.every_pattern(model, tokens, places).reshape(-1, len(places), len(places))
+        return html_report.TextMaps(text, model.strings(tokens), said, on_text.cells, places, {"pattern": pattern})
+
+    said = [tables.verdict_sentence(results["heads"])]
+    if ablated and (sentence := tables.ablation_sentence(ablated)):
+        said.append(sentence)
+    texts = (on_page(number, *one) for number, one in enumerate(on_texts, start=1))
+    html_report.save(html_report.induction_page(results, said, texts), folder)
 
 
 def text_panels(model: Model, measured: Survey, tokens: Ints, on_text: TextScores) -> list[tuple[str, Floats]]:

@@ -64,7 +64,7 @@ def analyse_layer(args: argparse.Namespace) -> None:
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
     report.say(f"loading --model {args.model} …")
-    from common import models, qk
+    from common import models, qk, qk_tables
 
     model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
@@ -81,6 +81,7 @@ def analyse_layer(args: argparse.Namespace) -> None:
         report.say(f"layer {chosen.layer}: {chosen.reason}")
         looked = [look(folder, model, chosen, args, n, *text) for n, text in enumerate(encoded, start=1)]
         decomposed = [record for entry in looked for record in entry.pop("decomposed")]
+        on_page = [entry.pop("on_page") for entry in looked]
         richest = max(looked, key=lambda entry: len(entry["cells"]))["number"]  # the text with most induction cells
         weights = weigh(folder, model, chosen, previous_token, args, *encoded[richest - 1])
         experiments = intervene(folder, model, chosen, found, args, report.earlier_results(out))
@@ -92,23 +93,25 @@ def analyse_layer(args: argparse.Namespace) -> None:
             **report.provenance(args, model, started),
             "layer": chosen.layer,
             "chosen": chosen.reason,
-            "heads": [
-                {"layer": chosen.layer, "head": head, **{key: of[chosen.layer, head] for key, of in measured.items()}}
-                for head in range(model.n_heads)
-            ],
+            "heads": qk_tables.head_rows(chosen.layer, measured),
             "check": {"max_abs_error": max(entry["check"]["max_abs_error"] for entry in looked)},
             "sequences": looked,
             "decomposition": decomposed,
             **weights,
             "interventions": experiments.effects if experiments else [],
             "experiments": experiments.about() if experiments else None,
-            "files": sorted([*(path.name for path in folder.iterdir()), "results.json"]),
         }
+        if not args.no_plots:
+            from common import html_report
+
+            html_report.save(
+                html_report.qk_page(results, chosen.heads[0], qk_tables.sentences(results), on_page), folder
+            )
+        results["files"] = sorted([*(path.name for path in folder.iterdir()), "results.json"])
         report.write_json(folder / "results.json", results)
     print_summary(results, richest, name(chosen.layer, chosen.leading), out)
-    if experiments and experiments.missing:
-        missing = ", ".join(experiments.missing)
-        raise KeyboardInterrupt(f"not measured: {missing}; the rest is written, run again to go on")
+    if experiments:
+        cli.say_missing(experiments.missing)
 
 
 def measure_heads(model: Model, args: argparse.Namespace) -> tuple[Detection, Floats]:
@@ -133,13 +136,14 @@ def look(
     removed = {} if args.interventions is False else qk_interventions.removals(model, tokens, met, split)
     if args.export:
         qk.export(met, tokens, folder / f"qk_{number:02d}.safetensors")
-    maps = []
+    maps, on_page = [], None
     if not args.no_plots:
-        from common import qk_plots
+        from common import html_qk, qk_plots
 
         title = f"{model.name}, text {number}: {cli.shortened(text)}"
         figures = qk_plots.text_figures(met, split, chosen.grid, model.strings(tokens), cells, title)
         maps = qk_plots.save_all(figures, folder, f"_{number:02d}")
+        on_page = html_qk.of_text(met, split, text, model.strings(tokens), cells)
     records = {head: {"refused": one, "terms": []} if isinstance(one, str) else one.record(TERMS)
                for head, one in split.items()}  # fmt: skip
     return {
@@ -149,6 +153,7 @@ def look(
         "cells": cells,
         "check": {**vars(met.check), "max_abs_error": met.check.max_abs_error},
         "maps": maps,
+        "on_page": on_page,
         "decomposed": [
             {"text": number, "head": name(chosen.layer, head), **one, "removal": removed.get(head)}
             for head, one in records.items()
@@ -234,9 +239,7 @@ def print_summary(results: dict[str, Any], richest: int, leading: str, out: Path
         report.print_table("", qk_tables.TERM_COLUMNS, qk_tables.term_lines(one))
         if removed := qk_tables.removal_sentence(one):
             print(removed)
-    print(f"Our scores reproduce the model's: largest error {results['check']['max_abs_error']:.1e}")
-    if results["composition"]:
-        print(qk_tables.composition_sentence(results["composition"]))
+    print("\n".join(qk_tables.sentences(results)))
     if lines := qk_tables.part_lines(results["interventions"], leading):
         print(qk_tables.part_sentence(results["interventions"], leading))
         report.print_table("", qk_tables.COLUMNS, lines)

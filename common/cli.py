@@ -180,6 +180,12 @@ def shortened(text: str, most: int = 70) -> str:
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
+def say_missing(missing: Sequence[str]) -> None:
+    """Stop as Ctrl-C does where an interrupted run has written what it has and `missing` names the rest."""
+    if missing:
+        raise KeyboardInterrupt(f"not measured: {', '.join(missing)}; the rest is written, run again to go on")
+
+
 def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, program: str) -> int:
     """Do the work; 0, or the exit code of what went wrong after one line on stderr."""
     if args.debug:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -12,12 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from common.ablation import Ablation
 from common.detection import LEAST_EFFECT, name
 from common.plots import MARK
 from common.qk_interventions import KINDS, PATHS, THROUGH, WHOLE
 from common.qk_plots import label_tokens, limit_of, outline, signed, write_values
 from common.sequences import Floats
+
+if TYPE_CHECKING:  # pictures need no torch
+    from common.ablation import Ablation
 
 COPYING = "PuOr_r"
 MARKERS = {"induction": "o", "suppression": "v", "attends-only": "D"}

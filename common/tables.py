@@ -125,6 +125,15 @@ HEAD_COLUMNS = (
 )
 
 
+def verdict_sentence(heads: Sequence[Mapping[str, Any]]) -> str:
+    """The induction heads with their scores, highest first, or that there is none."""
+    found = sorted((head for head in heads if head["induction"]), key=lambda head: -head["prefix_matching"])
+    if not found:
+        return "No head of this model is an induction head by this test."
+    named = ", ".join(f"{name(head['layer'], head['head'])} ({head['prefix_matching']:.2f})" for head in found)
+    return f"{len(found)} induction {'head' if len(found) == 1 else 'heads'}: {named}."
+
+
 def other_heads(heads: Sequence[Mapping[str, Any]]) -> str:
     """A sentence on the heads that the table leaves out."""
     on_targets = [head for head in heads if head["verdict"] in ON_TARGETS]
