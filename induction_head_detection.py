@@ -73,6 +73,7 @@ def find_induction_heads(args: argparse.Namespace) -> None:
     model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
     encoded = cli.encode(model, texts)
+    cli.choose_batch_size(args, model, encoded)
     labels = choose_labels(model, args)
     out = args.out or Path("outputs") / model.name / PROGRAM
     options = {"seed": args.seed, "batch_size": args.batch_size, "threshold": args.threshold}
@@ -105,8 +106,8 @@ def find_induction_heads(args: argparse.Namespace) -> None:
         results["files"] = sorted([*(path.name for path in folder.iterdir()), "results.json"])
         report.write_json(folder / "results.json", results)
     print_summary(results, measured, quality, ablated, out)
-    if ablated and ablated.missing:
-        raise KeyboardInterrupt(f"not measured: {', '.join(ablated.missing)}; the rest is written, run again to go on")
+    if ablated:
+        cli.say_missing(ablated.missing)
 
 
 def choose_labels(model: Model, args: argparse.Namespace) -> Labels | None:

@@ -7,8 +7,8 @@
 
 Query and key of every head of the layer meet on the texts below (or --text, --sequences-file); a map that does not
 reproduce the model's own attention stops the run. The scores of one head are then split into query source × key
-source, and its weights are compared with those of earlier heads. Writes PNGs, results.json and terms.csv to
-outputs/<model>/qk_circuit_analysis, the largest terms to stdout.
+source, its weights are compared with those of earlier heads, and its parts and the paths into it are taken away to see
+what they do. Writes PNGs, results.json and terms.csv to outputs/<model>/qk_circuit_analysis, tables to stdout.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import cli, report
-from common.detection import Detection, by_score, name
+from common.chosen import Chosen, choose
+from common.detection import Detection, name
 from common.errors import UserError
 from common.sequences import Floats, Ints, TokenBatch
 
 if TYPE_CHECKING:  # what loads torch or matplotlib is imported where it is used: --help stays quick
     from common.models import Model
     from common.qk import Decomposition, Interaction
+    from common.qk_interventions import Experiments
 
 # Edit me: the texts to look at, and the layer ("auto": the layer of the strongest induction head; or a number).
 sequences = [
@@ -53,26 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = "head drawn large and decomposed, from 0; auto: the strongest induction head of the layer (default auto)"
     add("--head", type=cli.number_or("all", "auto"), default="auto", metavar="N|all|auto", help=head)
     add("--export", action="store_true", help="also write q and k of the layer, a safetensors file per text")
+    help_ = "replace the heads' parts and walk the paths into one, and measure (default: where it takes under a minute)"
+    add("--interventions", action=argparse.BooleanOptionalAction, help=help_)
     return cli.run(analyse_layer, parser.parse_args(argv), PROGRAM)
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The layer, its `heads` to show large, those to draw side by side (`grid`), its induction heads, and why these."""
-
-    layer: int
-    heads: list[int]
-    grid: list[int]
-    induction: list[int]
-    reason: str
-
-
 def analyse_layer(args: argparse.Namespace) -> None:
-    """Load, choose the layer, let its queries and keys meet on the texts, decompose, compare weights, report."""
+    """Load, choose the layer, let its queries and keys meet on the texts, decompose, weigh, intervene, report."""
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
     report.say(f"loading --model {args.model} …")
-    from common import models, qk
+    from common import models, qk, qk_tables
 
     model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
@@ -81,16 +73,18 @@ def analyse_layer(args: argparse.Namespace) -> None:
         model, None if args.layer == "auto" else args.layer, None if args.head in ("auto", "all") else args.head
     )
     encoded = cli.encode(model, texts)
+    cli.choose_batch_size(args, model, encoded)
     out = args.out or Path("outputs") / model.name / PROGRAM
     with report.output_folder(out) as folder:
         found, previous_token = measure_heads(model, args)
-        chosen = choose_heads(found, args)
+        chosen = choose(found, args.layer, args.head, drawn=GRID)
         report.say(f"layer {chosen.layer}: {chosen.reason}")
         looked = [look(folder, model, chosen, args, n, *text) for n, text in enumerate(encoded, start=1)]
         decomposed = [record for entry in looked for record in entry.pop("decomposed")]
         on_page = [entry.pop("on_page") for entry in looked]
         richest = max(looked, key=lambda entry: len(entry["cells"]))["number"]  # the text with most induction cells
         weights = weigh(folder, model, chosen, previous_token, args, *encoded[richest - 1])
+        experiments = intervene(folder, model, chosen, found, args, report.earlier_results(out))
         terms = [{"text": one["text"], "head": one["head"], **term} for one in decomposed for term in one["terms"]]
         if terms:
             report.write_csv(folder / "terms.csv", terms)
@@ -99,23 +93,25 @@ def analyse_layer(args: argparse.Namespace) -> None:
             **report.provenance(args, model, started),
             "layer": chosen.layer,
             "chosen": chosen.reason,
-            "heads": [
-                {"layer": chosen.layer, "head": head, **{key: of[chosen.layer, head] for key, of in measured.items()}}
-                for head in range(model.n_heads)
-            ],
+            "heads": qk_tables.head_rows(chosen.layer, measured),
             "check": {"max_abs_error": max(entry["check"]["max_abs_error"] for entry in looked)},
             "sequences": looked,
             "decomposition": decomposed,
             **weights,
-            "interventions": [],
+            "interventions": experiments.effects if experiments else [],
+            "experiments": experiments.about() if experiments else None,
         }
         if not args.no_plots:
             from common import html_report
 
-            html_report.save(html_report.qk_page(results, chosen.heads[0], sentences(results), on_page), folder)
+            html_report.save(
+                html_report.qk_page(results, chosen.heads[0], qk_tables.sentences(results), on_page), folder
+            )
         results["files"] = sorted([*(path.name for path in folder.iterdir()), "results.json"])
         report.write_json(folder / "results.json", results)
-    print_summary(results, richest, out)
+    print_summary(results, richest, name(chosen.layer, chosen.leading), out)
+    if experiments:
+        cli.say_missing(experiments.missing)
 
 
 def measure_heads(model: Model, args: argparse.Namespace) -> tuple[Detection, Floats]:
@@ -127,28 +123,17 @@ def measure_heads(model: Model, args: argparse.Namespace) -> tuple[Detection, Fl
     return measured.found, measured.evidence.controls.mean("previous_token")
 
 
-def choose_heads(found: Detection, args: argparse.Namespace) -> Chosen:
-    """The layer of the strongest induction head, or the one asked for; where it has none, the head closest to one."""
-    order = [head for head in [*found.ranked(), *by_score(found.score)] if args.layer in ("auto", head[0])]
-    at, strongest = order[0]
-    kind = "the strongest induction head is" if found.induction[order[0]] else "no induction head; the closest is"
-    asked = "" if args.head == "auto" else f"--head {args.head}; "
-    heads = {"all": list(range(found.score.shape[1])), "auto": [strongest]}.get(args.head, [args.head])
-    grid = sorted([head for inside, head in by_score(found.score) if inside == at][:GRID])
-    reason = f"{asked}{kind} {name(at, strongest)}, prefix matching {found.score[at, strongest]:.2f}"
-    return Chosen(at, heads, grid, [head for inside, head in found.ranked() if inside == at], reason)
-
-
 def look(
     folder: Path, model: Model, chosen: Chosen, args: argparse.Namespace, number: int, text: str, tokens: Ints
 ) -> dict[str, Any]:
     """One text: how queries and keys of the layer meet, checked and drawn; what scores of chosen heads are made of."""
-    from common import qk
+    from common import qk, qk_interventions
 
     induction = TokenBatch.of([tokens], pad=model.bos).cells["prefix_matching"]
     cells = sorted(zip(induction.query.tolist(), induction.key.tolist(), strict=True))
     met = qk.interact(model, tokens[None], chosen.layer)
     split = decompose(model, tokens, met, chosen.heads, cells)
+    removed = {} if args.interventions is False else qk_interventions.removals(model, tokens, met, split)
     if args.export:
         qk.export(met, tokens, folder / f"qk_{number:02d}.safetensors")
     maps, on_page = [], None
@@ -169,7 +154,10 @@ def look(
         "check": {**vars(met.check), "max_abs_error": met.check.max_abs_error},
         "maps": maps,
         "on_page": on_page,
-        "decomposed": [{"text": number, "head": name(chosen.layer, head), **one} for head, one in records.items()],
+        "decomposed": [
+            {"text": number, "head": name(chosen.layer, head), **one, "removal": removed.get(head)}
+            for head, one in records.items()
+        ],
     }
 
 
@@ -195,10 +183,10 @@ def weigh(
     text: str,
     tokens: Ints,
 ) -> dict[str, Any]:
-    """What the weights say: which earlier heads the layer reads, and what its first chosen head makes of a text."""
+    """What the weights say: which earlier heads the layer reads, and what its leading head makes of a text."""
     from common import circuits
 
-    at, head = chosen.layer, chosen.heads[0]
+    at, head = chosen.layer, chosen.leading
     try:
         composition = circuits.compose(model, at, seed=args.seed)
         heads = chosen.induction or chosen.heads
@@ -219,25 +207,45 @@ def weigh(
     }
 
 
-def print_summary(results: dict[str, Any], richest: int, out: Path) -> None:
-    """The largest terms on the text with most induction cells, the self-check, the composed pair, the files."""
+def intervene(
+    folder: Path, model: Model, chosen: Chosen, found: Detection, args: argparse.Namespace, earlier: dict[str, Any]
+) -> Experiments | None:
+    """What the chosen heads' parts do, and the paths into the leading one; None where that was left out."""
+    if args.interventions is False:
+        return None
+    from common import qk_interventions
+
+    laboratory = qk_interventions.Laboratory(model, chosen, found, seed=args.seed, batch_size=args.batch_size)
+    if args.interventions is None and (seconds := laboratory.seconds()) > qk_interventions.PATIENCE:
+        report.say(f"interventions left out: they would take {seconds / 60:.0f} minutes; --interventions does them")
+        return None
+    done = qk_interventions.experiment(laboratory, earlier, report.progress)
+    for reason in sorted(set(done.refused.values())):
+        report.say(f"warning: {reason}")
+    if not args.no_plots:
+        from common import effect_plots, qk_plots
+
+        qk_plots.save_all(effect_plots.intervention_figures(done.effects, model.name), folder)
+    return done
+
+
+def print_summary(results: dict[str, Any], richest: int, leading: str, out: Path) -> None:
+    """The largest terms on the text with most induction cells, the self-check, the composed pair, what interventions
+    on the leading head did, the files."""
+    from common import qk_tables
+
     for one in (one for one in results["decomposition"] if one["text"] == richest and one["terms"]):
-        which = f"{len(one['cells'])} {one['cells_are']} of text {richest}"
-        print(f"Head {one['head']} on {which}: ahead of the other tokens in sight by {one['lead']:.2f}, made of")
-        rows = [[term["query"], term["key"], f"{term['value']:.2f}"] for term in one["terms"]]
-        report.print_table("", ["query source", "key source", "part of the lead"], rows)
-    print("\n".join(sentences(results)))
+        print(qk_tables.lead_sentence(one))
+        report.print_table("", qk_tables.TERM_COLUMNS, qk_tables.term_lines(one))
+        if removed := qk_tables.removal_sentence(one):
+            print(removed)
+    print("\n".join(qk_tables.sentences(results)))
+    if lines := qk_tables.part_lines(results["interventions"], leading):
+        print(qk_tables.part_sentence(results["interventions"], leading))
+        report.print_table("", qk_tables.COLUMNS, lines)
+    if walked := qk_tables.path_sentence(results["interventions"]):
+        print(walked)
     print(f"Written to {out}: {', '.join(results['files'])}")
-
-
-def sentences(results: dict[str, Any]) -> list[str]:
-    """The self-check, and the composed pair."""
-    said = [f"Our scores reproduce the model's: largest error {results['check']['max_abs_error']:.1e}"]
-    if results["composition"]:
-        pair, limit = (results["composition"][key] for key in ("previous_token_to_induction", "z_limit"))
-        chance = f"{pair['baseline']:.3f} by chance, z = {pair['z']:.1f} (above {limit:.1f} counts)"
-        said.append(f"K-composition {pair['writes']} → {pair['reads']}: {pair['score']:.3f}, {chance}")
-    return said
 
 
 if __name__ == "__main__":

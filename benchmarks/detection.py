@@ -62,7 +62,7 @@ SHORTEST = 8  # tokens of a row that has room for a repeat
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 LIBRARY_ROWS = 8  # rows [BOS] R R for detect_head
 SHAPES = ((2, 4, 64), (4, 8, 64), (6, 12, 96), (12, 12, 96))  # layers, heads, width of random models
-BEFORE, FORMING = ("step-0100",), ("step-0400", "step-0700")
+BEFORE, FORMING = ("step-0100",), ("step-0300", "step-0600")
 OURS = "dynamic"
 
 

@@ -26,6 +26,7 @@ import torch
 from einops import einsum
 from numpy.typing import NDArray
 
+from common.batching import in_batches
 from common.interventions import without_cells
 from common.models import Model, read
 from common.sequences import Cells, Floats, TokenBatch, continuing
@@ -88,11 +89,7 @@ def _in_parts(
     batch_size: int,
     advance: Callable[[int], None],
 ) -> Floats:
-    parts = []
-    for start in range(0, len(batch.tokens), batch_size):
-        part = batch.rows(start, start + batch_size)
-        parts.append(measure(model, part))
-        advance(len(part.tokens))
+    parts = in_batches(lambda rows: measure(model, batch.rows(*rows)), len(batch.tokens), batch_size, advance)
     return np.concatenate(parts)
 
 

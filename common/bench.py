@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.edits import POINTS, Enough, Head, Intervention, applied, run_forward, run_until
+from common.edits import POINTS, Enough, Head, Intervention, applied, has_lone_mlp, mlp_output, run_forward, run_until
 from common.errors import UserError
 from common.models import Model
 from common.sequences import Floats, Ints
@@ -152,7 +152,7 @@ class Bench:
         """The shortest way whose clean logits are the model's own."""
         own = self._whole(chunk, None)
         close = own.abs().max() * (CLOSE if own.dtype == torch.float32 else CLOSE_HALF)
-        halves = all(hasattr(block, "ln2") and hasattr(block, "mlp") for block in self._blocks)
+        halves = all(has_lone_mlp(block) for block in self._blocks)
         for self.way in ["halves", "blocks"] if halves else ["blocks"]:
             if (own - self._from_layer(chunk, None, 0, at_output=True)).abs().max() <= close:
                 return self.way
@@ -220,9 +220,7 @@ class Bench:
 
     def _feed(self, layer: int, middle: torch.Tensor) -> torch.Tensor:
         """The stream after a block's MLP."""
-        block = self._blocks[layer]
-        out = block.mlp(block.ln2(middle))
-        return middle + (out[0] if isinstance(out, tuple) else out)
+        return middle + mlp_output(self._blocks[layer], middle)
 
     def _seen_in_block(self, chunk: _Chunk, layer: int, stream: torch.Tensor, point: str) -> torch.Tensor:
         """What passes a hook point of the block, which is left there."""

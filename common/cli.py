@@ -6,6 +6,7 @@ Imports nothing heavy, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -49,7 +50,13 @@ def shared_parser(description: str) -> Parser:
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="weights (default float32)"
     )
     how.add_argument("--seed", type=whole_number, default=0, metavar="N", help="seed of the random rows (default 0)")
-    how.add_argument("--batch-size", type=positive, default=8, metavar="ROWS", help="rows per forward pass (default 8)")
+    how.add_argument(
+        "--batch-size",
+        type=rows_at_once,
+        default="auto",
+        metavar="auto|ROWS",
+        help="rows per forward pass; auto: as many as help and fit into the free memory (default auto)",
+    )
     how.add_argument(
         "--threshold",
         type=threshold,
@@ -61,7 +68,7 @@ def shared_parser(description: str) -> Parser:
     out.add_argument("--out", type=Path, metavar="DIR", help="output folder (default outputs/<model>/<script>)")
     out.add_argument("--no-plots", action="store_true", help="numbers only, no pictures")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model's own Python code run")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and what is worth a look")
     return parser
 
 
@@ -82,6 +89,11 @@ def whole_number(text: str) -> int:
     if not 0 <= number < 2**63:
         raise argparse.ArgumentTypeError(f"'{text}' is not between 0 and 2**63 - 1")
     return number
+
+
+def rows_at_once(text: str) -> int | None:
+    """`auto` (None: chosen when the model is there) or a number of rows; argparse.ArgumentTypeError otherwise."""
+    return None if text == "auto" else positive(text)
 
 
 def number_or(*words: str) -> Callable[[str], int | str]:
@@ -152,14 +164,33 @@ def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
     return kept
 
 
+def choose_batch_size(args: argparse.Namespace, model: Model, encoded: Sequence[tuple[str, Ints]]) -> None:
+    """Fill in `--batch-size auto`, for the longest of the texts and of the battery's rows."""
+    from common import batching
+    from common.survey import ROW_LENGTH
+
+    if args.batch_size is None:
+        longest = max(ROW_LENGTH, *(len(tokens) for _, tokens in encoded))
+        args.batch_size = batching.batch_size(model, longest)
+
+
 def shortened(text: str, most: int = 70) -> str:
     """A text on one line, at most `most` characters of it, for a title."""
     line = " ".join(text.split())
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
+def say_missing(missing: Sequence[str]) -> None:
+    """Stop as Ctrl-C does where an interrupted run has written what it has and `missing` names the rest."""
+    if missing:
+        raise KeyboardInterrupt(f"not measured: {', '.join(missing)}; the rest is written, run again to go on")
+
+
 def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, program: str) -> int:
     """Do the work; 0, or the exit code of what went wrong after one line on stderr."""
+    if args.debug:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("common").setLevel(logging.INFO)
     try:
         work(args)
         return 0

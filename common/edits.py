@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ Hook = tuple[str, Callable[..., Any]]
 
 POINTS = {  # what is edited or read, as the bridge names it inside a block
     "resid_pre": "hook_in",
+    "resid_mid": "hook_resid_mid",
     "resid_post": "hook_out",
     "z": "attn.hook_z",
     "pattern": "attn.hook_pattern",
@@ -274,6 +276,24 @@ def _reader(point: str, run: Run) -> Callable[..., None]:
         run.seen[point] = activation
 
     return read
+
+
+# --- an MLP by itself ---
+
+
+def has_lone_mlp(block: Any) -> bool:
+    """Whether a block has a norm and an MLP after its attention, and the MLP asks for nothing but what the norm gives
+    (Bloom's is given the residual stream too, and adds to it itself)."""
+    if not (hasattr(block, "ln2") and hasattr(block, "mlp")):
+        return False
+    asked = inspect.signature(block.mlp.original_component.forward).parameters.values()
+    return sum(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in asked) <= 1
+
+
+def mlp_output(block: Any, middle: torch.Tensor) -> torch.Tensor:
+    """What the block's MLP makes of the residual stream after attention, [..., d_model]."""
+    out = block.mlp(block.ln2(middle))
+    return out[0] if isinstance(out, tuple) else out
 
 
 # --- recordings ---

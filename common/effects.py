@@ -62,16 +62,21 @@ class RowMetrics:
         """Each metric, {name: [rows]}, under the intervention (None: clean); NaN for a row with nothing to read."""
         bench = self.bench
         found = bench.measure(intervention, {"log_prob": bench.log_prob, "rank": bench.rank, "kl": bench.kl})
-        at_repeats = {name: self._mean(values, self._repeated) for name, values in found.items()}
-        at_fresh = self._mean(found["log_prob"], ~self._repeated)
+        losses = self._losses(found["log_prob"])
         return {
-            "loss_at_repeats": -at_repeats["log_prob"],
-            "loss_at_fresh": -at_fresh,
-            "loss_difference": at_fresh - at_repeats["log_prob"],
-            "log_prob_at_repeats": at_repeats["log_prob"],
-            "rank_at_repeats": at_repeats["rank"],
-            "kl_at_repeats": at_repeats["kl"],
+            **losses,
+            "log_prob_at_repeats": -losses["loss_at_repeats"],
+            "rank_at_repeats": self._mean(found["rank"], self._repeated),
+            "kl_at_repeats": self._mean(found["kl"], self._repeated),
         }
+
+    def losses(self, intervention: Intervention | None) -> dict[str, Floats]:
+        """The first three metrics alone, which need neither ranks nor the clean predictions."""
+        return self._losses(self.bench.measure(intervention, {"log_prob": self.bench.log_prob})["log_prob"])
+
+    def _losses(self, log_prob: Floats) -> dict[str, Floats]:
+        repeats, fresh = (-self._mean(log_prob, chosen) for chosen in (self._repeated, ~self._repeated))
+        return {"loss_at_repeats": repeats, "loss_at_fresh": fresh, "loss_difference": repeats - fresh}
 
     def _mean(self, values: Floats, chosen: NDArray[np.bool_]) -> Floats:
         reads = self.bench.reads

@@ -17,7 +17,9 @@ Zero ablation also deletes the constant part of what a head writes; mean and res
 1. run clean, and take the sender's output as the intervention on the sender leaves it;
 2. put sender's new minus clean output, through W_O, into the residual stream that the receiver's layer reads;
 3. recompute its LayerNorm and the receiver's own query, key or values from that; MLPs and heads in between, the other
-   heads of that layer and the receiver's other two inputs stay as they are.
+   heads of that layer and the receiver's other two inputs stay as they are. With `through_mlps` the MLPs in between,
+   from that of the sender's own layer on, are recomputed one after the other and add their change to step 2; heads in
+   between stay. Wang et al. count these paths as direct; they matter where an MLP re-encodes what a head wrote.
 
 `transformer_lens.patching.get_act_patch_direct_path` does the same for a sender's output on other tokens, one number
 for the whole batch, and refuses keys and values of grouped-query models. It serves as the reference in the tests.
@@ -31,7 +33,19 @@ import numpy as np
 import torch
 
 from common.detection import name as head_name
-from common.edits import Change, Edit, GroupedKeyEdit, Head, Intervention, Recordings, Run, ValueEdit
+from common.edits import (
+    Change,
+    Edit,
+    GroupedKeyEdit,
+    Head,
+    Intervention,
+    Recordings,
+    Run,
+    ValueEdit,
+    has_lone_mlp,
+    hook_name,
+    mlp_output,
+)
 from common.errors import UserError
 from common.sequences import Cells, Ints, TokenBatch
 
@@ -186,51 +200,118 @@ def input_from(heads: Sequence[Head], part: str, clean: Recordings, source: Reco
     return _inputs(f"{PARTS[part]} alone", heads, part, clean, change)
 
 
-def path(senders: Intervention, receivers: Sequence[Head], part: str, clean: Recordings) -> Intervention:
+def path(
+    senders: Intervention, receivers: Sequence[Head], part: str, clean: Recordings, *, through_mlps: bool = False
+) -> Intervention:
     """The receivers' query, key or values alone read the senders' output as the intervention `senders` leaves it.
 
     Each sender's output is taken with everything else clean; what several senders change is added up. See the module's
-    docstring for the steps. Raises UserError for a receiver no later than a sender, or a model whose heads' outputs do
-    not reach the residual stream as they are.
+    docstring for the steps. `through_mlps`: MLPs between sender and receiver are recomputed, not kept. Raises UserError
+    for a receiver no later than a sender, a model whose heads' outputs do not reach the residual stream as they are, or
+    through MLPs, one whose MLPs do not read the stream after attention (parallel blocks) or do not write into it as
+    they are.
     """
     _check_order(senders.heads, receivers)
-    moves = [_patched_output(clean, senders, head) - _output(clean, head) for head in senders.heads]
-    change = torch.stack([written(clean, head, move) for head, move in zip(senders.heads, moves, strict=True)]).sum(0)
+    changes = _changes(senders, clean)
+    arriving = {layer: _arriving(clean, changes, layer, through_mlps) for layer, _ in receivers}
 
     def moved(layer: int, head: int, column: int) -> Change:
         resid = clean.get(layer, "resid_pre")
-        before, after = (project(clean, layer, part, column, stream) for stream in (resid, resid + change))
+        before, after = (project(clean, layer, part, column, stream) for stream in (resid, resid + arriving[layer]))
         check_same(
             before, clean.get(layer, part)[:, :, column], f"layer {layer} does not read the residual stream alone"
         )
         return lambda old, run: old + (after - before)[run.rows]
 
-    return _inputs(f"{senders.name} {_names(senders.heads)} → {PARTS[part]}", receivers, part, clean, moved)
+    way = " through MLPs" if through_mlps else ""
+    return _inputs(f"{senders.name} {_names(senders.heads)} → {PARTS[part]}{way}", receivers, part, clean, moved)
 
 
 def paths_into(
-    receiver: Head, part: str, intervene: Callable[[Sequence[Head]], Intervention], clean: Recordings
+    receiver: Head,
+    part: str,
+    intervene: Callable[[Sequence[Head]], Intervention],
+    clean: Recordings,
+    *,
+    through_mlps: bool = False,
 ) -> list[Intervention]:
     """The path of every earlier head, alone, into the receiver's query, key or values; `intervene` ablates a sender."""
-    clean.fetch({(layer, point) for layer in range(receiver[0]) for point in ("z", "o", "attn_out")})
-    senders = [(layer, head) for layer in range(receiver[0]) for head in range(clean.model.n_heads)]
-    return [path(intervene([sender]), [receiver], part, clean) for sender in senders]
+    layers = range(receiver[0])
+    clean.fetch({(layer, point) for layer in layers for point in ("z", "o", "attn_out", "resid_pre", "resid_post")})
+    senders = [(layer, head) for layer in layers for head in range(clean.model.n_heads)]
+    return [path(intervene([sender]), [receiver], part, clean, through_mlps=through_mlps) for sender in senders]
 
 
-def without_source(sources: Sequence[Head], receivers: Sequence[Head], part: str, clean: Recordings) -> Intervention:
+def _changes(senders: Intervention, clean: Recordings) -> dict[int, torch.Tensor]:
+    """By layer, what the senders write there under their edits less what they write clean, [rows, pos, d_model]."""
+    changes: dict[int, torch.Tensor] = {}
+    for head in senders.heads:
+        move = written(clean, head, _patched_output(clean, senders, head) - _output(clean, head))
+        changes[head[0]] = changes[head[0]] + move if head[0] in changes else move
+    return changes
+
+
+def _arriving(clean: Recordings, changes: dict[int, torch.Tensor], layer: int, through_mlps: bool) -> torch.Tensor:
+    """How the residual stream that `layer` reads differs, [rows, pos, d_model], when heads of earlier layers change
+    what they write as `changes` says, other heads write what they write clean, and MLPs too or what they then make."""
+    difference = torch.zeros_like(clean.get(layer, "resid_pre"))
+    for at in range(min(changes), layer):
+        difference = difference + changes.get(at, 0.0)
+        if through_mlps:
+            difference = difference + _mlp_change(clean, at, difference)
+    return difference
+
+
+def _mlp_change(clean: Recordings, layer: int, difference: torch.Tensor) -> torch.Tensor:
+    """What the MLP of `layer` adds to the residual stream more, [rows, pos, d_model], when the stream after the layer's
+    attention has `difference` more in it.
+
+    Raises UserError where the MLP does not read that stream, or something stands between it and the stream.
+    """
+    block = clean.model.bridge.blocks[layer]
+    complaint = f"the MLP of layer {layer} of '{clean.model.name}' does not read and write the stream after attention"
+    if hook_name(layer, "resid_mid") not in clean.model.bridge.hook_dict or not has_lone_mlp(block):
+        raise UserError(f"{complaint} and nothing else: paths through MLPs cannot be made on its architecture")
+    clean.fetch({(layer, point) for point in ("resid_pre", "attn_out", "resid_mid", "resid_post")})
+    middle, after = clean.get(layer, "resid_mid"), clean.get(layer, "resid_post")
+    check_same(clean.get(layer, "resid_pre") + clean.get(layer, "attn_out"), middle, complaint)
+    with torch.no_grad():
+        made, changed = (mlp_output(block, stream) for stream in (middle, middle + difference))
+    check_same(middle + made, after, complaint)
+    return changed - made
+
+
+def without_source(
+    sources: Sequence[Head],
+    receivers: Sequence[Head],
+    part: str,
+    clean: Recordings,
+    *,
+    through_first_mlp: bool = False,
+) -> Intervention:
     """The receivers' query, key or values read the residual stream without what the source heads wrote into it.
 
     The scale of the receiver's LayerNorm is frozen at its clean value, so a query or key changes by exactly the linear
-    term that a decomposition of the score by source gives it. Raises UserError as `path` does.
+    term that a decomposition of the score by source gives it. `through_first_mlp`: a source of layer 0 is what that
+    head wrote with what MLP 0 makes of it, as in common/qk.py. Raises UserError as `path` does.
     """
     _check_order(sources, receivers)
-    lost = torch.stack([written(clean, head, _output(clean, head)) for head in sources]).sum(0)
+    lost = torch.stack([_lost(clean, head, through_first_mlp) for head in sources]).sum(0)
 
     def moved(layer: int, head: int, column: int) -> Change:
         term = project_frozen(clean, layer, part, column, lost)
         return lambda old, run: old - term[run.rows]
 
     return _inputs(f"{PARTS[part]} without {_names(sources)}", receivers, part, clean, moved)
+
+
+def _lost(clean: Recordings, head: Head, through_first_mlp: bool) -> torch.Tensor:
+    """What the residual stream holds of a source head, [rows, pos, d_model]."""
+    direct = written(clean, head, _output(clean, head))
+    if head[0] > 0 or not through_first_mlp:
+        return direct
+    silenced = Recordings(clean.model, clean.tokens, batch_size=clean.batch_size, under=zero([head]))
+    return clean.get(1, "resid_pre") - silenced.get(1, "resid_pre")
 
 
 def project(clean: Recordings, layer: int, part: str, column: int, stream: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@
    downloaded first where it is missing and the hub answers within `PATIENCE` seconds.
 2. Load weights (safetensors only) and tokenizer from that folder, and wrap them in a TransformerBridge.
 3. Run one tiny forward pass: every layer must show a pattern whose rows sum to 1 and which never attends ahead.
+4. Compare it with what the same weights show through fused attention (common/trunk.py): where the two agree, scores are
+   read that way, at the cost of the trunk alone; where not, from the bridge.
 
 One path for all models: `mini` is loaded by exactly the code that loads GPT-2.
 """
@@ -17,7 +19,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from common import trunk
 from common.errors import UserError
+from common.trunk import Trunk
 
 MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
 GPT2 = "gpt2"
 PATIENCE = 4.0  # seconds that the hub has to answer before we call it out of reach
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model")
+AGREES, AGREES_HALF = 1e-5, 5e-2  # largest difference between two ways to a pattern, in float32 and in 16 bits
 UNWANTED = ("onnx/*", "*/*", "consolidated*")
 
 
@@ -39,7 +44,8 @@ UNWANTED = ("onnx/*", "*/*", "consolidated*")
 class Model:
     """A loaded model. `name` is what results call it, `source` where it came from, `fingerprint` a hash of its weights
     and configuration; `context` is the longest row it takes, BOS included; `bos` the id every row starts with;
-    `labels_file` the labels.json that it ships, if it does."""
+    `labels_file` the labels.json that it ships, if it does; `trunk` the same weights behind fused attention, where that
+    shows the bridge's patterns."""
 
     bridge: Any
     tokenizer: Any
@@ -51,6 +57,11 @@ class Model:
     context: int
     bos: int
     labels_file: Path | None = None
+    trunk: Trunk | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.bridge.cfg.device)
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """BOS and the token ids of `text`, [pos]; special tokens written out in the text stay text."""
@@ -86,7 +97,9 @@ def load(name: str, *, device: str = "cpu", dtype: str = "float32", trust_remote
     _check_folder(folder, shown)
     _check_device(device)
     hf_model, tokenizer = _read(folder, shown, getattr(torch, dtype), trust_remote_code)
-    bridge = _wrap(shown, hf_model.to(device).eval().requires_grad_(False), tokenizer)
+    hf_model = hf_model.to(device).eval().requires_grad_(False)
+    taken = trunk.take(hf_model)
+    bridge = _wrap(shown, hf_model, tokenizer)
     model = Model(
         bridge=bridge,
         tokenizer=tokenizer,
@@ -98,9 +111,9 @@ def load(name: str, *, device: str = "cpu", dtype: str = "float32", trust_remote
         context=bridge.cfg.n_ctx,
         bos=_bos(tokenizer),
         labels_file=folder / "labels.json" if (folder / "labels.json").exists() else None,
+        trunk=taken,
     )
-    _self_check(model)
-    return model
+    return _self_checked(model)
 
 
 class _Seen(Exception):
@@ -317,20 +330,32 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _self_check(model: Model) -> None:
-    """Raise UserError unless every layer shows a causal pattern whose rows sum to 1."""
+def _self_checked(model: Model) -> Model:
+    """The model, without its trunk where that shows other patterns than the bridge.
+
+    Raises UserError unless every layer shows a causal pattern whose rows sum to 1.
+    """
     ordinary = model.ordinary()
     tokens = np.concatenate([[model.bos], ordinary[np.linspace(0, len(ordinary) - 1, 7).astype(int)]])
-    shown: dict[int, str | None] = {}
-    read_patterns(
-        model, tokens[None, : model.context], lambda layer, pattern: shown.__setitem__(layer, _complaint(pattern))
-    )
+    tokens = tokens[None, : model.context]
+    shown: dict[int, torch.Tensor] = {}
+    read_patterns(model, tokens, lambda layer, pattern: shown.__setitem__(layer, pattern))
     missing = [layer for layer in range(model.n_layers) if layer not in shown]
     if missing:
         raise UserError(f"'{model.name}' shows no attention pattern in layer {missing[0]}: its heads cannot be scored")
-    for layer, complaint in shown.items():
-        if complaint:
+    for layer, pattern in shown.items():
+        if complaint := _complaint(pattern):
             raise UserError(f"'{model.name}' fails the self-check in layer {layer}: {complaint}")
+    return model if _trunk_agrees(model, tokens, shown) else replace(model, trunk=None)
+
+
+def _trunk_agrees(model: Model, tokens: NDArray[np.int64], patterns: dict[int, torch.Tensor]) -> bool:
+    """Whether the trunk shows these patterns of the bridge's."""
+    if model.trunk is None:
+        return False
+    largest = trunk.disagreement(model.trunk, torch.from_numpy(tokens).to(model.device), patterns)
+    logging.getLogger(__name__).info("fused attention differs from the bridge's patterns by %.1e at most", largest)
+    return largest <= (AGREES if patterns[0].dtype == torch.float32 else AGREES_HALF)
 
 
 def _complaint(pattern: torch.Tensor) -> str | None:

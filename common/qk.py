@@ -405,8 +405,9 @@ def written(model: Model, tokens: Ints, layer: int) -> Iterator[tuple[str, Float
     Yields (source, [pos, d_model]), which sum to the stream exactly:
     `embed`, the token: its embedding (with the model's own scaling or norm of it) and, where `layer` comes after MLP 0,
     what MLP 0 makes of the token whatever its context (`mean_first_mlp`); `pos_embed`, where positions are added; per
-    earlier layer its heads (`0.1`) and its MLP, `mlp0` being the rest of what MLP 0 wrote; and last `bias`, the output
-    biases of all attention layers. Post-norms are frozen and shared out.
+    earlier layer its heads (`0.1`), those of layer 0 with what MLP 0 makes of them (`through_first_mlp`), and its MLP,
+    `mlp0` being the rest of what MLP 0 wrote; and last `bias`, the output biases of all attention layers. Post-norms
+    are frozen and shared out.
     Raises UserError where the heads of a layer do not add up to what its attention wrote.
     """
     seen = _see_stream(model, tokens[None], layer)
@@ -417,9 +418,12 @@ def written(model: Model, tokens: Ints, layer: int) -> Iterator[tuple[str, Float
     constant = np.zeros((len(tokens), model.bridge.cfg.d_model))
     for earlier in range(layer):
         heads, bias = _head_outputs(model, seen, earlier)
-        yield from ((name(earlier, head), output) for head, output in enumerate(heads))
         mlp = _mlp_output(seen, earlier)[0]
-        yield f"mlp{earlier}", mlp - token if earlier == 0 else mlp
+        if earlier == 0:
+            made = through_first_mlp(model, tokens)
+            heads, mlp = heads + made, mlp - token - made.sum(0)
+        yield from ((name(earlier, head), output) for head, output in enumerate(heads))
+        yield f"mlp{earlier}", mlp
         constant = constant + bias
     yield "bias", constant
 
@@ -437,6 +441,25 @@ def mean_first_mlp(model: Model, tokens: Ints) -> Floats:
     return np.stack([made[rows == token].mean(0) for token in every])[place]
 
 
+def through_first_mlp(model: Model, tokens: Ints) -> Floats:
+    """What MLP 0 makes of each head of layer 0, [head, pos, d_model]: its output less its output with that head silent.
+
+    As with the token, later layers may read a head of layer 0 in what MLP 0 made of it. These parts need not add up to
+    what MLP 0 wrote; the rest is the source `mlp0`. Zero where MLP 0 does not see these heads (parallel blocks).
+    """
+    every = np.arange(model.n_heads)
+
+    def silence(z: torch.Tensor, hook: Any) -> torch.Tensor:
+        """Head h writes nothing in row h; the last row is left as it is."""
+        z = z.clone()
+        z[every, :, every] = 0.0
+        return z
+
+    rows = np.repeat(tokens[None], model.n_heads + 1, axis=0)
+    made = _mlp_output(_see_stream(model, rows, 1, ("blocks.0.attn.hook_z", silence)), 0)
+    return made[-1] - made[:-1]
+
+
 def _context(model: Model, tokens: Ints, row: int) -> Ints:
     """BOS, then the different `tokens` and as many random ones, as far as the context reaches, in random order."""
     rng = np.random.default_rng([CONTEXTS, row])
@@ -444,8 +467,11 @@ def _context(model: Model, tokens: Ints, row: int) -> Ints:
     return np.concatenate([[model.bos], rng.permutation(np.concatenate([tokens, others]))])
 
 
-def _see_stream(model: Model, tokens: Ints, layer: int) -> dict[str, Floats]:
-    """The residual stream before and within the layers up to `layer`, and what their heads read, by hook name."""
+def _see_stream(model: Model, tokens: Ints, layer: int, *changes: tuple[str, Any]) -> dict[str, Floats]:
+    """The residual stream before and within the layers up to `layer`, and what their heads read, by hook name.
+
+    `changes`: hooks, as (hook point, function), that take effect first.
+    """
     wanted = ["hook_pos_embed", f"blocks.{layer}.hook_resid_pre"]
     for index in range(layer):
         ends = ("hook_resid_pre", "hook_resid_mid", "hook_attn_out", "attn.hook_z")
@@ -456,7 +482,7 @@ def _see_stream(model: Model, tokens: Ints, layer: int) -> dict[str, Floats]:
         return lambda value, hook: seen.__setitem__(hook_name, plain(value))
 
     hooks = [(hook_name, keep(hook_name)) for hook_name in wanted if hook_name in model.bridge.hook_dict]
-    watch(model, tokens, hooks, until=f"blocks.{layer}.hook_resid_pre")
+    watch(model, tokens, [*changes, *hooks], until=f"blocks.{layer}.hook_resid_pre")
     return seen
 
 
@@ -603,7 +629,7 @@ def _decomposition(
     query, key = (np.array(places, dtype=np.int64) for places in zip(*cells, strict=True))
     others = _other_keys(rules.visible[0], query, key)
     against = split.k[:, key] - np.einsum("cp,spd->scd", others, split.k)
-    lead = products[query, key] - (others * products[query]).sum(-1)
+    lead = leads(products, rules.visible[0], query, key)
     raw = rules.scale * _mean_products(split.q[:, query], split.k[:, key])
     terms = rules.scale * _mean_products(split.q[:, query], against)
     summed = rules.scale * split.q[:, query].sum(0)
@@ -613,6 +639,12 @@ def _decomposition(
     return Decomposition(
         split.sources, where, kind, raw, terms, float(products[query, key].mean()), float(lead.mean()), error
     )
+
+
+def leads(products: Floats, visible: Bools, query: Ints, key: Ints) -> Floats:
+    """[cells]: each cell's entry of `products` [query, key], less the mean over the other keys in sight of its query,
+    BOS and the query's other cells left out."""
+    return products[query, key] - (_other_keys(visible, query, key) * products[query]).sum(-1)
 
 
 def _other_keys(visible: Bools, query: Ints, key: Ints) -> Floats:

@@ -116,13 +116,17 @@ def plain(value: Any) -> Any:
 
 
 def provenance(args: Any, model: Any, started: float) -> dict[str, Any]:
-    """What a reader needs to repeat the run: schema, argv, seed, versions, model, device, wall time in seconds."""
+    """What a reader needs to repeat the run: schema, argv, seed, versions, model, device, wall time in seconds.
+
+    `fused_attention`: whether scores were read in blocks behind fused attention, or from the bridge's whole patterns.
+    """
     return {
         "schema": SCHEMA,
         "argv": sys.argv,
         "seed": args.seed,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "model": {"name": model.name, "source": model.source, "fingerprint": model.fingerprint},
+        "fused_attention": model.trunk is not None,
         "device": args.device,
         "dtype": args.dtype,
         "wall_seconds": round(time.monotonic() - started, 2),

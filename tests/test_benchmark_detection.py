@@ -88,7 +88,7 @@ def test_summary_of_a_case_worked_out_by_hand():
 
 
 def test_the_benchmark_runs_from_end_to_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "FORMING", ("step-0400",))
+    monkeypatch.setattr(benchmark, "FORMING", ("step-0300",))
     out = tmp_path / "out"
     assert benchmark.main(["--models", "2", "--random", "1", "--lengths", "32", "64", "--out", str(out)]) == 0
     results = json.loads((out / "results.json").read_text())

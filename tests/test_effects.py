@@ -203,7 +203,8 @@ def test_without_its_induction_heads_mini_cannot_repeat(mini, mini_rows, inducti
 
 
 def test_the_previous_token_head_acts_through_the_key(mini, mini_rows, mini_scores, induction):
-    """Ablated, it takes the induction pattern away; so does its path into the key alone, and the other paths do not."""
+    """Ablated, it takes the induction pattern away; so does its path into the key alone, with what the MLPs in between
+    make of it, and the other paths do not."""
     batch = mini_rows.repeats
     ablate, clean = mean_ablation(mini, batch), Recordings(mini, batch.tokens)
     receiver = induction[0]
@@ -214,9 +215,11 @@ def test_the_previous_token_head_acts_through_the_key(mini, mini_rows, mini_scor
         return before - effects.prefix_matching(mini, batch, receiver, intervention).mean()
 
     whole = lost(ablate([sender]))
-    by_part = {part: lost(interventions.path(ablate([sender]), [receiver], part, clean)) for part in "qkv"}
+    by_part = {
+        part: lost(interventions.path(ablate([sender]), [receiver], part, clean, through_mlps=True)) for part in "qkv"
+    }
     assert whole > 0.5 * before
-    assert by_part["k"] > 0.5 * whole
+    assert by_part["k"] > 0.8 * whole
     assert by_part["q"] < 0.1 * whole
     assert by_part["v"] == pytest.approx(0.0, abs=1e-9)
 
@@ -224,7 +227,7 @@ def test_the_previous_token_head_acts_through_the_key(mini, mini_rows, mini_scor
 def test_every_earlier_head_into_the_key_singles_out_the_previous_token_head(mini, mini_rows, mini_scores, induction):
     batch, receiver = mini_rows.repeats, induction[0]
     ablate, clean = mean_ablation(mini, batch), Recordings(mini, batch.tokens)
-    paths = interventions.paths_into(receiver, "k", ablate, clean)
+    paths = interventions.paths_into(receiver, "k", ablate, clean, through_mlps=True)
     assert len(paths) == receiver[0] * mini.n_heads
     left = [effects.prefix_matching(mini, batch, receiver, one).mean() for one in paths]
     sender = int(np.argmin(left))

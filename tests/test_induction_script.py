@@ -39,6 +39,7 @@ def results(finished):
 def test_the_default_run_leaves_pictures_numbers_and_table(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {"results.json", "heads.csv", "mosaic.png", "thresholds.png", "budget.png", "precision_recall.png",
+                     "effects.png", "ablation.png",
                      *(f"attention_{number:02d}.png" for number in range(1, 5))}  # fmt: skip
     for path in finished.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -241,6 +242,55 @@ def test_each_text_says_whether_induction_is_at_work_and_on_how_much_it_rests(re
     assert all("prefix_matching_interval" in head for head in twice["heads"])
     few = results["sequences"][1]
     assert few["queries"] < 5 and all("prefix_matching_interval" not in head for head in few["heads"])
+
+
+def test_what_is_lost_without_the_induction_heads_stands_in_the_results(results):
+    ablation = results["ablation"]
+    assert ablation["missing"] == [] and ablation["together"].split() == results["induction_heads"]
+    for head in results["heads"]:
+        name = f"{head['layer']}.{head['head']}"
+        assert (head["ablation_effect"] is not None) == (name in results["induction_heads"])
+    together = {(one["name"], one["metric"]): one for one in ablation["effects"] if one["head"] == ablation["together"]}
+    for kind in ("mean", "forbid"):
+        rise, fresh = together[kind, "loss_at_repeats"], together[kind, "loss_at_fresh"]
+        assert rise["interval"][0] > 5 * abs(rise["control"]["effect"])
+        assert abs(fresh["effect"]) < 0.1 * rise["effect"]
+    assert [one["head"] for one in ablation["greedy"]] != []
+
+
+def test_ablation_can_be_left_out_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    from common import ablation
+
+    common = ["--model", "mini", "--no-plots", "--out", str(tmp_path), *QUICK]
+    assert run(*common, "--no-ablate") == 0
+    assert json.loads((tmp_path / "results.json").read_text())["ablation"] is None
+    monkeypatch.setattr(ablation, "PATIENCE", 0.0)
+    assert run(*common) == 0
+    assert "ablation left out" in capsys.readouterr().err
+    measured = ablation._effects
+
+    def stopped(laboratory, kind, sets, advance):
+        for number, effects in enumerate(measured(laboratory, kind, sets, advance)):
+            if number == 1:
+                raise KeyboardInterrupt
+            yield effects
+
+    monkeypatch.setattr(ablation, "_effects", stopped)
+    assert run(*common, "--ablate") == 130
+    assert "not measured" in capsys.readouterr().err
+    half = json.loads((tmp_path / "results.json").read_text())["ablation"]
+    assert half["effects"] and half["missing"]
+    asked = []
+
+    def counted(laboratory, kind, sets, advance):
+        asked.append((kind, len(sets)))
+        return measured(laboratory, kind, sets, advance)
+
+    monkeypatch.setattr(ablation, "_effects", counted)
+    assert run(*common, "--ablate") == 0
+    whole = json.loads((tmp_path / "results.json").read_text())["ablation"]
+    assert whole["missing"] == [] and whole["effects"][: len(half["effects"])] == half["effects"]
+    assert asked[0] == ("mean", 2), "one of three sets was done"
 
 
 def test_labels_of_ones_own_measured_ones_and_none(tmp_path):

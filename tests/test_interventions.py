@@ -166,6 +166,54 @@ def test_a_path_from_an_earlier_head_into_one_input(loaded, oracles, drawn, name
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_path_through_mlps_freezes_every_head_but_the_sender(loaded, oracles, drawn, name, part):
+    """By brute force: all layers run again with every head held to its clean output and the sender silenced; two MLPs
+    stand between sender and receiver."""
+    sender, receiver, oracle, tokens = (0, 1), (2, 3), oracles[name], drawn.repeats.tokens
+    seen = oracle.record(tokens)
+    frozen = Edits(z=lambda layer, head, row, z: seen["z", layer, head, row] * ((layer, head) != sender))
+    oracle.logits(tokens, frozen)
+    edits = Edits(**{part: of([receiver], lambda layer, head, row, value: frozen.seen[part, layer, head, row])})
+    clean = recorded(loaded[name], drawn.repeats)
+    through = interventions.path(interventions.zero([sender]), [receiver], part, clean, through_mlps=True)
+    check(loaded[name], oracle, drawn, through, edits)
+    direct = interventions.path(interventions.zero([sender]), [receiver], part, clean)
+    tokens = drawn.repeats.tokens
+    apart = (logits_under(loaded[name], through, tokens) - logits_under(loaded[name], direct, tokens)).abs().max()
+    assert apart > 1e-3
+
+
+def test_senders_of_several_layers_pass_the_mlps_above_them(random_gpt2, oracles, drawn):
+    senders, receiver, oracle, tokens = [(0, 2), (1, 0)], (2, 1), oracles["gpt2"], drawn.repeats.tokens
+    seen = oracle.record(tokens)
+    frozen = Edits(z=lambda layer, head, row, z: seen["z", layer, head, row] * ((layer, head) not in senders))
+    oracle.logits(tokens, frozen)
+    edits = Edits(k=of([receiver], lambda layer, head, row, value: frozen.seen["k", layer, head, row]))
+    clean = recorded(random_gpt2, drawn.repeats)
+    intervention = interventions.path(interventions.zero(senders), [receiver], "k", clean, through_mlps=True)
+    check(random_gpt2, oracle, drawn, intervention, edits)
+
+
+def test_a_path_through_mlps_of_the_next_layer_alone_passes_the_senders_mlp(random_gpt2, drawn):
+    """Sender and receiver in neighbouring layers still have the sender's own MLP between them."""
+    clean = recorded(random_gpt2, drawn.repeats)
+    ways = [
+        interventions.path(interventions.zero([(0, 1)]), [(1, 3)], "k", clean, through_mlps=through)
+        for through in (False, True)
+    ]
+    direct, through = (logits_under(random_gpt2, way, drawn.repeats.tokens) for way in ways)
+    assert (direct - through).abs().max() > 1e-3
+
+
+def test_where_mlps_stand_beside_the_heads_no_path_runs_through_them(loaded, drawn):
+    with pytest.raises(UserError, match="paths through MLPs cannot be made"):
+        interventions.path(
+            interventions.zero([(0, 1)]), [(1, 3)], "k", recorded(loaded["neox"], drawn.repeats), through_mlps=True
+        )
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v"])
 def test_paths_agree_with_transformer_lens(random_gpt2, drawn, part):
     """TransformerLens puts a clean output into a run on other tokens; one row, read as its last logit of token 7."""
     from transformer_lens.patching import get_act_patch_direct_path

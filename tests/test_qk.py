@@ -367,7 +367,27 @@ def test_mlp0_of_a_token_is_its_mean_over_contexts(model_of):
     assert np.linalg.norm(wrote - token) < 0.9 * np.linalg.norm(wrote)
     found = sources_of(model, 1)
     assert found["embed"] == pytest.approx(shown["blocks.0.hook_resid_pre"] + token, abs=1e-5)
-    assert found["embed"] + found["mlp0"] == pytest.approx(shown["blocks.0.hook_resid_pre"] + wrote, abs=1e-4)
+    made = qk.through_first_mlp(model, TOKENS[0])
+    rest = wrote - made.sum(0)
+    assert found["embed"] + found["mlp0"] == pytest.approx(shown["blocks.0.hook_resid_pre"] + rest, abs=1e-4)
+
+
+def test_mlp0_of_a_head_is_what_is_missed_without_it(model_of):
+    """Against transformers alone: MLP 0 with and without what one head added to the stream that it reads."""
+    model = model_of("gpt2")
+    made = qk.through_first_mlp(model, TOKENS[0])
+    hf = model.bridge.original_model
+    shown = shown_by(model, "blocks.0.attn.hook_z", "blocks.0.hook_resid_mid")
+    block = hf.transformer.h[0]
+    norm, mlp = (getattr(part, "original_component", part) for part in (block.ln_2, block.mlp))
+    with torch.no_grad():
+        for head in range(model.n_heads):
+            wrote = shown["blocks.0.attn.hook_z"][:, head] @ qk.plain(model.bridge.blocks[0].attn.W_O[head])
+            streams = [shown["blocks.0.hook_resid_mid"], shown["blocks.0.hook_resid_mid"] - wrote]
+            with_it, without = (qk.plain(mlp(norm(torch.from_numpy(one).float()[None])))[0] for one in streams)
+            assert made[head] == pytest.approx(with_it - without, abs=1e-4)
+    parallel = qk.through_first_mlp(model_of("neox"), TOKENS[0])
+    assert np.abs(parallel).max() < 1e-5, "an MLP beside the heads does not see them"
 
 
 def test_16_bit_sums_hold_at_their_own_tolerance(mini):

@@ -15,11 +15,12 @@ import transformers
 from safetensors import safe_open
 
 import qk_circuit_analysis as script
-from common import qk
+from common import qk, qk_interventions
+from common.qk_interventions import KINDS
 from tests import architectures
 from tests.conftest import ROOT
 
-QUICK = ["--text", "the cat sat the cat sat"]
+QUICK = ["--text", "the cat sat the cat sat", "--no-interventions"]
 
 
 def run(*arguments: str) -> int:
@@ -28,9 +29,9 @@ def run(*arguments: str) -> int:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The default texts on `mini`, pictures and all."""
+    """The default texts on `mini`, pictures and all; interventions asked for, however slow the machine is today."""
     out = tmp_path_factory.mktemp("run") / "out"
-    assert run("--model", "mini", "--out", str(out), "--export") == 0
+    assert run("--model", "mini", "--out", str(out), "--export", "--interventions") == 0
     return out
 
 
@@ -58,6 +59,7 @@ def test_the_default_run_leaves_pictures_numbers_and_table(finished, results):
     texts = [f"{number:02d}" for number in range(1, 5)]
     stems = ("scores", "patterns", f"head_{at}", f"decomposition_{at}")
     pictures = {f"{stem}_{text}.png" for stem in stems for text in texts} | {f"circuits_{at}.png", "composition.png"}
+    pictures |= {f"parts_{at}.png", f"paths_{at}.png"}
     other = {"results.json", "terms.csv", *(f"qk_{text}.safetensors" for text in texts)}
     assert {path.name for path in finished.iterdir()} == pictures | other == set(results["files"])
     for path in finished.glob("*.png"):
@@ -68,7 +70,10 @@ def test_results_follow_the_contract(results):
     for key in ("schema", "argv", "seed", "versions", "model", "device", "wall_seconds",
                 "layer", "heads", "composition", "decomposition", "directions"):  # fmt: skip
         assert key in results
-    assert results["interventions"] == []
+    for effect in results["interventions"]:
+        assert set(effect) >= {"name", "head", "metric", "clean", "effect", "interval", "rows", "control"}
+        assert effect["interval"][0] <= effect["effect"] <= effect["interval"][1] and effect["rows"] == 16
+    assert results["experiments"]["missing"] == [] and results["experiments"]["refused"] == {}
     assert [entry["text"] for entry in results["sequences"]] == script.sequences
     assert results["check"]["max_abs_error"] == max(entry["check"]["max_abs_error"] for entry in results["sequences"])
     assert 0 < results["check"]["max_abs_error"] <= qk.SCORE_ERROR
@@ -97,6 +102,75 @@ def test_on_mini_the_top_term_is_embed_times_the_previous_token_head(results, st
         assert entry["relative_error"] < qk.SUM_ERROR
     assert results["composition"]["previous_token_to_induction"]["writes"] == sender
     assert results["composition"]["previous_token_to_induction"]["z"] > results["composition"]["z_limit"]
+
+
+def moved(results, metric):
+    """By (name of the intervention, sender or None): the effect on one metric."""
+    found = [one for one in results["interventions"] if one["metric"] == metric]
+    return {(one["name"], one.get("sender")): one["effect"] for one in found}
+
+
+def test_on_mini_the_previous_token_head_acts_through_the_key(results, strongest):
+    """Ablated, it takes the induction pattern away; so does its path into the key alone, MLPs in between and all."""
+    sender = "{}.{}".format(*strongest["previous_token"])
+    own = moved(results, "prefix_matching")
+    whole = own["whole sender", sender]
+    assert whole == min(effect for (name, _), effect in own.items() if name == "whole sender") < -0.5
+    assert own["path to key through MLPs", sender] < 0.8 * whole
+    for part in ("query", "values"):
+        assert abs(own[f"path to {part} through MLPs", sender]) < 0.1 * abs(whole)
+    others = [effect for (name, of), effect in own.items() if name == "path to key through MLPs" and of != sender]
+    assert max(map(abs, others)) < 0.5 * abs(whole)
+
+
+def test_on_mini_where_the_induction_head_looks_and_what_it_brings_back_both_matter(results):
+    own, repeats, fresh = (moved(results, m) for m in ("prefix_matching", "loss_at_repeats", "loss_at_fresh"))
+    clean = next(one["clean"] for one in results["interventions"] if one["metric"] == "prefix_matching")
+    for kind in ("uniform", "pattern", "query", "key", "forbid"):
+        assert own[kind, None] < -0.8 * clean
+    for kind in ("values", "mean"):
+        assert own[kind, None] == pytest.approx(0, abs=1e-9)
+    for kind in KINDS:
+        assert repeats[kind, None] > 0.2 and abs(fresh[kind, None]) < 0.1 * repeats[kind, None]
+        one = next(e for e in results["interventions"] if (e["name"], e["metric"]) == (kind, "loss_at_repeats"))
+        assert abs(one["control"]["effect"]) < 0.2 * one["effect"]
+
+
+def test_predictions_stand_beside_measurements(results):
+    for entry in results["decomposition"]:
+        found = entry["removal"]
+        assert abs(found["predicted"]) > 1e-3
+        assert abs(found["measured"] - found["predicted"]) <= 1e-4 * abs(found["predicted"])
+
+
+def test_interventions_that_take_long_are_left_out_and_it_is_said(random_gpt2_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(qk_interventions, "PATIENCE", 0.0)
+    common = ["--model", str(random_gpt2_folder), "--out", str(tmp_path), "--no-plots", "--text", "a b c a b c"]
+    assert run(*common) == 0
+    assert "interventions left out" in capsys.readouterr().err
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["interventions"] == [] and found["experiments"] is None
+    assert run(*common, "--layer", "1", "--interventions") == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert {one["name"] for one in found["interventions"]} == {*KINDS, *qk_interventions.PATHS, "whole sender"}
+
+
+def test_an_interruption_keeps_what_is_done_and_says_what_is_missing(random_gpt2_folder, tmp_path, monkeypatch, capsys):
+    common = ["--model", str(random_gpt2_folder), "--out", str(tmp_path), "--layer", "1", "--text", "a b c a b c"]
+    honest, calls = qk_interventions.Laboratory.measure, []
+
+    def until_the_tenth(self, intervention, head):
+        calls.append(intervention)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return honest(self, intervention, head)
+
+    monkeypatch.setattr(qk_interventions.Laboratory, "measure", until_the_tenth)
+    assert run(*common, "--interventions") == 130
+    assert "stopped; not measured: " in one_line(capsys)
+    part = json.loads((tmp_path / "results.json").read_text())
+    assert part["interventions"] and part["experiments"]["missing"]
+    assert list(tmp_path.glob("parts_*.png")) and not list(tmp_path.glob("paths_*.png"))
 
 
 def test_the_csv_holds_the_terms(finished, results):
@@ -154,14 +228,26 @@ def test_a_model_without_induction_heads_is_analysed_and_it_is_said(random_gpt2_
     assert not any(head["induction"] for head in found["heads"])
 
 
-@pytest.mark.parametrize("name", ["bloom", "gemma2", "neox"])
+THROUGH = {path for path in qk_interventions.PATHS if path.endswith("through MLPs")}
+REFUSED = {  # paths: all, where a norm stands after attention; through MLPs that read more, or beside the heads
+    "bloom": THROUGH,
+    "gemma2": set(qk_interventions.PATHS),
+    "neox": THROUGH,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
 def test_other_architectures_run_pictures_and_all(name, tmp_path, tokenizer):
     folder = architectures.save(name, tmp_path / f"random-{name}", tokenizer)
-    assert run("--model", str(folder), "--out", str(tmp_path / "o"), "--layer", "1", *QUICK) == 0
+    assert run("--model", str(folder), "--out", str(tmp_path / "o"), "--layer", "1", *QUICK, "--interventions") == 0
     found = json.loads((tmp_path / "o" / "results.json").read_text())
     assert found["check"]["max_abs_error"] < 1e-5
     assert found["decomposition"][0]["relative_error"] < 1e-5
-    assert len(list((tmp_path / "o").glob("*.png"))) == 6
+    walked = {one["name"] for one in found["interventions"] if "sender" in one}
+    refused = {label.split(" of ")[0] for label in found["experiments"]["refused"]}
+    assert refused == REFUSED[name] and walked == {*qk_interventions.PATHS, "whole sender"} - refused
+    assert {one["name"] for one in found["interventions"]} - walked == set(KINDS)
+    assert len(list((tmp_path / "o").glob("*.png"))) == 8
 
 
 def test_a_map_that_is_not_the_models_stops_the_run(tmp_path, monkeypatch, capsys):
@@ -245,7 +331,7 @@ def test_a_layer_without_attention_is_said(tmp_path, tokenizer, capsys):
 
 def test_long_texts_run_and_stay_within_a_window(tmp_path):
     text = "the cat sat on the mat and the dog lay by the door " * 20
-    assert run("--model", "mini", "--out", str(tmp_path), "--text", text) == 0
+    assert run("--model", "mini", "--out", str(tmp_path), "--text", text, "--no-interventions") == 0
     for path in tmp_path.glob("*.png"):
         assert path.stat().st_size > 10_000
     assert len(json.loads((tmp_path / "results.json").read_text())["sequences"][0]["tokens"]) > 200
@@ -255,9 +341,14 @@ def test_same_seed_same_numbers(random_gpt2_folder, tmp_path):
     read = []
     for number in range(2):
         common = ["--model", str(random_gpt2_folder), "--out", str(tmp_path / str(number)), "--no-plots", *QUICK]
-        assert run(*common) == 0
+        assert run(*common, "--interventions") == 0
         found = json.loads((tmp_path / str(number) / "results.json").read_text())
-        read.append({key: found[key] for key in ("heads", "check", "decomposition", "composition", "directions")})
+        read.append(
+            {
+                key: found[key]
+                for key in ("heads", "check", "decomposition", "composition", "directions", "interventions")
+            }
+        )
     assert read[0] == read[1]
 
 
@@ -266,7 +357,7 @@ def test_help_needs_no_heavy_import():
     code += "print(sorted({'torch', 'sklearn', 'matplotlib', 'transformers', 'einops'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for flag in ("--layer", "--head", "--export", "--threshold"):
+    for flag in ("--layer", "--head", "--export", "--threshold", "--no-interventions"):
         assert flag in done.stdout
 
 

@@ -129,6 +129,8 @@ class FakeModel:
     """A model of one layer whose heads' patterns are given: the traps need exact heads."""
 
     n_layers = 1
+    trunk = None
+    device = torch.device("cpu")
 
     def __init__(self, pattern: np.ndarray):
         self.pattern = torch.from_numpy(pattern)

@@ -88,7 +88,8 @@ def loss_by_position(model: models.Model, text: str) -> list[float]:
     ids = model.encode(text)[1:]
     starts = np.linspace(0, len(ids) - model.context, ROWS).astype(int)
     rows = np.stack([np.concatenate([[model.bos], ids[start : start + model.context - 1]]) for start in starts])
-    return [part.mean().item() for part in token_losses(model, rows).tensor_split(4, dim=1)]
+    losses = effects.losses(model, TokenBatch.of(list(rows), pad=model.bos))[:, 1:]
+    return [float(part.mean()) for part in np.array_split(losses, 4, axis=1)]
 
 
 def continuation(model: models.Model, start: str, *, count: int = 40, temperature: float = 0.0) -> str:
