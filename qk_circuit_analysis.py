@@ -102,11 +102,9 @@ def analyse_layer(args: argparse.Namespace) -> None:
             "experiments": experiments.about() if experiments else None,
         }
         if not args.no_plots:
-            from common import html_report
+            from common import html_qk
 
-            html_report.save(
-                html_report.qk_page(results, chosen.heads[0], qk_tables.sentences(results), on_page), folder
-            )
+            html_qk.save(folder, results, chosen.leading, on_page)
         results["files"] = sorted([*(path.name for path in folder.iterdir()), "results.json"])
         report.write_json(folder / "results.json", results)
     print_summary(results, richest, name(chosen.layer, chosen.leading), out)
