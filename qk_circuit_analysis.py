@@ -74,8 +74,11 @@ def analyse_layer(args: argparse.Namespace) -> None:
     report.say(f"loading --model {args.model} …")
     from common import models, qk
 
-    model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    model = models.load(
+        args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code, say=report.say
+    )
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
+    report.detail(f"it reads {model.context} tokens, BOS {model.bos} included; fingerprint {model.fingerprint}")
     args.layer = layer if args.layer is None else args.layer
     qk.check_exists(
         model, None if args.layer == "auto" else args.layer, None if args.head in ("auto", "all") else args.head
@@ -175,7 +178,7 @@ def decompose(
     try:
         return {**qk.decompose(model, tokens, met, heads, cells)}
     except UserError as error:
-        report.say(f"warning: {error}")
+        report.warn(str(error))
         return {head: str(error) for head in heads}
 
 
@@ -198,7 +201,7 @@ def weigh(
         pair = composition.from_previous_token(previous_token, heads) if composition else None
         found = circuits.head_circuits(model, (at, head), pair and pair[0], tokens, distances=DISTANCES)
     except UserError as error:
-        report.say(f"warning: {error}")
+        report.warn(str(error))
         return {"composition": None, "directions": []}
     strings = model.strings(found.tokens)
     if not args.no_plots:
@@ -216,15 +219,15 @@ def print_summary(results: dict[str, Any], richest: int, out: Path) -> None:
     """The largest terms on the text with most induction cells, the self-check, the composed pair, the files."""
     for one in (one for one in results["decomposition"] if one["text"] == richest and one["terms"]):
         which = f"{len(one['cells'])} {one['cells_are']} of text {richest}"
-        print(f"Head {one['head']} on {which}: ahead of the other tokens in sight by {one['lead']:.2f}, made of")
+        report.tell(f"Head {one['head']} on {which}: ahead of the other tokens in sight by {one['lead']:.2f}, made of")
         rows = [[term["query"], term["key"], f"{term['value']:.2f}"] for term in one["terms"]]
         report.print_table("", ["query source", "key source", "part of the lead"], rows)
-    print(f"Our scores reproduce the model's: largest error {results['check']['max_abs_error']:.1e}")
+    report.tell(f"Our scores reproduce the model's: largest error {results['check']['max_abs_error']:.1e}")
     if results["composition"]:
         pair, limit = (results["composition"][key] for key in ("previous_token_to_induction", "z_limit"))
         chance = f"{pair['baseline']:.3f} by chance, z = {pair['z']:.1f} (above {limit:.1f} counts)"
-        print(f"K-composition {pair['writes']} → {pair['reads']}: {pair['score']:.3f}, {chance}")
-    print(f"Written to {out}: {', '.join(results['files'])}")
+        report.tell(f"K-composition {pair['writes']} → {pair['reads']}: {pair['score']:.3f}, {chance}")
+    report.tell(f"Written to {out}: {', '.join(results['files'])}")
 
 
 if __name__ == "__main__":

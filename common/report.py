@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 import platform
 import sys
@@ -24,26 +25,49 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from common.escapes import escaped
 from common.folders import earlier_results as earlier_results
 from common.folders import output_folder as output_folder
 
 SCHEMA = 1
 WIDTH = 100
+LOG = logging.getLogger("induction_heads")  # its level is what --quiet and --verbose set
 PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "scikit-learn", "matplotlib")
 
 
-def say(message: str) -> None:
-    """One line for the person who waits, on stderr."""
-    sys.stderr.write(message + "\n")
-    sys.stderr.flush()
+def say(message: str, level: int = logging.INFO) -> None:
+    """One line for the person who waits, on stderr; not with --quiet."""
+    if LOG.isEnabledFor(level):
+        sys.stderr.write(escaped(message) + "\n")
+        sys.stderr.flush()
+
+
+def warn(message: str) -> None:
+    """One line on stderr that the results need to be read with; with --quiet too."""
+    say(f"warning: {message}", logging.WARNING)
+
+
+def detail(message: str) -> None:
+    """One line on stderr with --verbose."""
+    say(message, logging.DEBUG)
+
+
+def tell(message: str) -> None:
+    """A line of the result, on stdout."""
+    sys.stdout.write(escaped(message, keep="\n") + "\n")
 
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Any]:
-    """A bar on stderr with the time left; yields advance(count). Drawn only where stderr is a terminal."""
+    """A bar on stderr with the time left; yields advance(count). Drawn only where stderr is a terminal, and not with
+    --quiet."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left"))
     console = Console(stderr=True)
-    options: dict[str, Any] = {"console": console, "transient": True, "disable": not console.is_terminal}
+    options: dict[str, Any] = {
+        "console": console,
+        "transient": True,
+        "disable": not (console.is_terminal and LOG.isEnabledFor(logging.INFO)),
+    }
     with Progress(*columns, TimeRemainingColumn(), **options) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.update(task, advance=count)
@@ -105,11 +129,11 @@ def _flat(head: dict[str, Any]) -> dict[str, Any]:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout, at most `WIDTH` columns wide; numbers are right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=escaped(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(escaped(cell) for cell in row))
     console().print(table)
 
 
