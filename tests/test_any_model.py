@@ -30,7 +30,9 @@ def folder(tmp_path_factory, tokenizer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_script_runs_and_leaves_no_wrong_number(folder, family, tmp_path, capfd):
-    arguments = ["--model", str(folder(family)), "--no-plots", "--out", str(tmp_path / "o"), "--batch-size", "32"]
+    path = folder(family)
+    capfd.readouterr()
+    arguments = ["--model", str(path), "--no-plots", "--out", str(tmp_path / "o"), "--batch-size", "32"]
     assert script.main([*arguments, "--text", "the cat sat the cat sat"]) == 0
     results = json.loads((tmp_path / "o" / "results.json").read_text(encoding="utf-8"))
     assert len(results["heads"]) == architectures.LAYERS * architectures.HEADS
@@ -82,18 +84,23 @@ def test_a_model_without_attention_says_so(tmp_path, tokenizer, capsys):
 def test_a_pattern_that_is_not_the_one_in_use_is_refused(random_gpt2, monkeypatch):
     """A copy of the pattern is shown in place of the tensor that the layer goes on with."""
     rows = battery(random_gpt2.ordinary(), random_gpt2.bos, rows=2, length=14, seed=1).repeats
-    point = random_gpt2.bridge.hook_dict["blocks.1.attn.hook_pattern"]
-    whole = type(point).forward
-
-    def beside(self, x):
-        if self is point:
-            whole(self, x.clone())
-            return x
-        return whole(self, x)
-
-    monkeypatch.setattr(type(point), "forward", beside)
+    attention = random_gpt2.bridge.blocks[1].attn
+    shown = attention.hook_pattern
+    monkeypatch.setitem(attention._modules, "hook_pattern", Beside(shown))
     with pytest.raises(models.UserError, match="layer 1 is not the one it uses"):
         attribution.total_effect(random_gpt2, rows, batch_size=2)
+
+
+class Beside(torch.nn.Module):
+    """Shows a hook point a copy and hands on the original."""
+
+    def __init__(self, shown):
+        super().__init__()
+        self.shown = shown
+
+    def forward(self, pattern):
+        self.shown(pattern.clone())
+        return pattern
 
 
 def test_a_folder_named_as_an_old_alias_brings_no_warning(tmp_path, random_gpt2_folder, caplog):
