@@ -66,8 +66,11 @@ def analyse_layer(args: argparse.Namespace) -> None:
     report.say(f"loading --model {args.model} …")
     from common import models, qk, qk_tables
 
-    model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    model = models.load(
+        args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code, say=report.say
+    )
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
+    report.detail(f"it reads {model.context} tokens, BOS {model.bos} included; fingerprint {model.fingerprint}")
     args.layer = layer if args.layer is None else args.layer
     qk.check_exists(
         model, None if args.layer == "auto" else args.layer, None if args.head in ("auto", "all") else args.head
@@ -168,7 +171,7 @@ def decompose(
     try:
         return {**qk.decompose(model, tokens, met, heads, cells)}
     except UserError as error:
-        report.say(f"warning: {error}")
+        report.warn(str(error))
         return {head: str(error) for head in heads}
 
 
@@ -191,7 +194,7 @@ def weigh(
         pair = composition.from_previous_token(previous_token, heads) if composition else None
         found = circuits.head_circuits(model, (at, head), pair and pair[0], tokens, distances=DISTANCES)
     except UserError as error:
-        report.say(f"warning: {error}")
+        report.warn(str(error))
         return {"composition": None, "directions": []}
     strings = model.strings(found.tokens)
     if not args.no_plots:
@@ -233,17 +236,17 @@ def print_summary(results: dict[str, Any], richest: int, leading: str, out: Path
     from common import qk_tables
 
     for one in (one for one in results["decomposition"] if one["text"] == richest and one["terms"]):
-        print(qk_tables.lead_sentence(one))
+        report.tell(qk_tables.lead_sentence(one))
         report.print_table("", qk_tables.TERM_COLUMNS, qk_tables.term_lines(one))
         if removed := qk_tables.removal_sentence(one):
-            print(removed)
-    print("\n".join(qk_tables.sentences(results)))
+            report.tell(removed)
+    report.tell("\n".join(qk_tables.sentences(results)))
     if lines := qk_tables.part_lines(results["interventions"], leading):
-        print(qk_tables.part_sentence(results["interventions"], leading))
+        report.tell(qk_tables.part_sentence(results["interventions"], leading))
         report.print_table("", qk_tables.COLUMNS, lines)
     if walked := qk_tables.path_sentence(results["interventions"]):
-        print(walked)
-    print(f"Written to {out}: {', '.join(results['files'])}")
+        report.tell(walked)
+    report.tell(f"Written to {out}: {', '.join(results['files'])}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def scatter(axes: Axes, heads: Sequence[dict[str, Any]], title: str) -> Axes:
         some = shapes == shape
         drawn = axes.scatter(
             score[some], effect[some], c=copying[some], marker=shape, cmap=COPYING, vmin=-1, vmax=1,
-            s=60 if shape != "s" else 22, edgecolors="0.2", linewidths=0.6, zorder=3,
+            s=60 if shape != "s" else 22, edgecolors="0.2", linewidths=0.6, zorder=3, plotnonfinite=True,
         )  # fmt: skip
     axes.axhline(0, color="0.7", linewidth=0.8)
     axes.set_yscale("symlog", linthresh=LEAST_EFFECT)

@@ -104,13 +104,18 @@ def head_lines(heads: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             f"{head['verdict']} {head['confidence']:.2f}",
             f"{head['prefix_matching']:.2f}",
             f"{head['threshold']:.2f}",
-            f"{head['total_effect']:+.2f}",
-            f"{head['direct_effect']:+.2f}",
-            f"{head['copying']:+.2f}",
+            _signed(head["total_effect"]),
+            _signed(head["direct_effect"]),
+            _signed(head["copying"]),
             " ".join(f"{100 * head[f'budget_{part}']:3.0f}" for part in BUDGET),
         ]
         for head in shown[:MOST_PRINTED]
     ]
+
+
+def _signed(value: float) -> str:
+    """A number with its sign; a dash where it was not measured."""
+    return "–" if np.isnan(value) else f"{value:+.2f}"
 
 
 HEAD_COLUMNS = (
