@@ -199,9 +199,7 @@ def write_page(
         pattern = scores.every_pattern(model, tokens, places).reshape(-1, len(places), len(places))
         return html_report.TextMaps(text, model.strings(tokens), said, on_text.cells, places, {"pattern": pattern})
 
-    said = [tables.verdict_sentence(results["heads"])]
-    if ablated and (sentence := tables.ablation_sentence(ablated)):
-        said.append(sentence)
+    said = [tables.verdict_sentence(results["heads"], ablated)]
     texts = (on_page(number, *one) for number, one in enumerate(on_texts, start=1))
     html_report.save(html_report.induction_page(results, said, texts), folder)
 
@@ -233,13 +231,10 @@ def print_summary(
     heads = results["heads"]
     title = f"Heads of {results['model']['name']} that attend to the tokens after earlier copies"
     report.print_table(title, tables.HEAD_COLUMNS, tables.head_lines(heads))
-    if not results["induction_heads"]:
-        report.tell("No head of this model is an induction head by this test.")
+    report.tell(tables.verdict_sentence(heads, ablated))
     report.tell(tables.other_heads(heads))
     if uncertain := tables.unsure(measured):
         report.tell(uncertain)
-    if ablated and (sentence := tables.ablation_sentence(ablated)):
-        report.tell(sentence)
     for number, entry in enumerate(results["sequences"], start=1):
         report.tell(tables.text_line(number, entry))
     if quality:

@@ -48,21 +48,6 @@ def add_ablation(heads: Sequence[dict[str, Any]], ablation: Ablation | None) -> 
         head["ablation_effect_interval"] = one["interval"] if one else (None, None)
 
 
-def ablation_sentence(ablation: Ablation) -> str | None:
-    """What the model loses without its induction heads, in one sentence; None where nothing was taken away."""
-    one = ablation.of(ablation.together, "mean", "loss_at_repeats")
-    if not one:
-        return None
-    gained = ablation.clean["loss_at_fresh"] - ablation.clean["loss_at_repeats"]
-    control = one["control"]
-    beside = f"random heads of the same layers: {control['effect']:+.2f}" if control else one["note"]
-    return (
-        f"Without {one['head'].replace(' ', ', ')} (mean ablation) the model loses {one['effect']:.2f} of the "
-        f"{gained:.2f} nats that it gains from repeats (95 %: {one['interval'][0]:.2f} to {one['interval'][1]:.2f}; "
-        f"{beside})."
-    )
-
-
 def text_entry(found: Detection, text: str, tokens: Sequence[str], on_text: TextScores) -> dict[str, Any]:
     """What results.json holds of one text. `ranked`: the induction heads, highest score on this text first."""
     columns: dict[str, Any] = {kind: on_text.scores.mean(kind) for kind in HEAD_TYPES}
@@ -130,13 +115,33 @@ HEAD_COLUMNS = (
 )
 
 
-def verdict_sentence(heads: Sequence[Mapping[str, Any]]) -> str:
-    """The induction heads with their scores, highest first, or that there is none."""
+def verdict_sentence(heads: Sequence[Mapping[str, Any]], ablation: Ablation | None) -> str:
+    """How many induction heads there are, which, and what the model loses without them where that was measured."""
     found = sorted((head for head in heads if head["induction"]), key=lambda head: -head["prefix_matching"])
     if not found:
         return "No head of this model is an induction head by this test."
-    named = ", ".join(f"{name(head['layer'], head['head'])} ({head['prefix_matching']:.2f})" for head in found)
-    return f"{len(found)} induction {'head' if len(found) == 1 else 'heads'}: {named}."
+    named = ", ".join(
+        f"{name(head['layer'], head['head'])} ({head['prefix_matching']:.2f})" for head in found[:MOST_PRINTED]
+    )
+    more = f" and {len(found) - MOST_PRINTED} more" if len(found) > MOST_PRINTED else ""
+    lost = ablation_clause(ablation) if ablation else ""
+    return f"{len(found)} induction {'head' if len(found) == 1 else 'heads'}: {named}{more}{lost}."
+
+
+def ablation_clause(ablation: Ablation) -> str:
+    """What the model loses without all its induction heads; empty where that was not measured."""
+    one = ablation.of(ablation.together, "mean", "loss_at_repeats")
+    if not one:
+        return ""
+    gained = ablation.clean["loss_at_fresh"] - ablation.clean["loss_at_repeats"]
+    low, high = one["interval"]
+    control = one["control"]
+    beside = f"random heads of the same layers: {control['effect']:+.2f}" if control else one["note"]
+    return (
+        f"; without {'them' if ' ' in ablation.together else 'it'} (mean ablation) the model loses "
+        f"{one['effect']:.2f} of the {gained:.2f} nats that it gains from repeats "
+        f"(95 %: {low:.2f} to {high:.2f}; {beside})"
+    )
 
 
 def other_heads(heads: Sequence[Mapping[str, Any]]) -> str:
@@ -175,7 +180,7 @@ def unsure(measured: Survey) -> str | None:
     found = measured.found
     places = [(int(layer), int(head)) for layer, head in np.argwhere(found.confidence < measured.sure)]
     places.sort(key=lambda head: found.confidence[head])
-    named = ", ".join(f"{name(*head)} {found.verdict[head]} ({found.confidence[head]:.2f})" for head in places[:6])
+    named = ", ".join(f"{name(*head)} {found.verdict[head]} ({found.confidence[head]:.3f})" for head in places[:6])
     return f"Not certain after {measured.rows} rows: {named}{' …' if len(places) > 6 else ''}"
 
 
