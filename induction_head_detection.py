@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import cli, report
+from common.errors import UserError
 
 if TYPE_CHECKING:  # what loads torch, scikit-learn or matplotlib is imported where it is used: --help stays quick
     from common.ablation import Ablation
@@ -65,13 +66,16 @@ def find_induction_heads(args: argparse.Namespace) -> None:
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
     report.say(f"loading --model {args.model} …")
-    from common import attribution, models, tables
+    from common import models, tables
     from common.detection import name
-    from common.survey import survey
+    from common.survey import copying, survey
     from common.texts import score_text
 
-    model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    model = models.load(
+        args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code, say=report.say
+    )
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
+    report.detail(f"it reads {model.context} tokens, BOS {model.bos} included; fingerprint {model.fingerprint}")
     encoded = cli.encode(model, texts)
     cli.choose_batch_size(args, model, encoded)
     labels = choose_labels(model, args)
@@ -80,7 +84,9 @@ def find_induction_heads(args: argparse.Namespace) -> None:
     with report.output_folder(out) as folder:
         measured = survey(model, **options, progress=report.progress)
         quality = evaluate(measured, labels)
-        heads = tables.head_rows(measured, attribution.ov_copying(model))
+        if measured.evidence.no_direct_path:
+            report.warn(f"no direct effect and no copying: {measured.evidence.no_direct_path}")
+        heads = tables.head_rows(measured, copying(model, measured))
         ablated = ablate(model, measured, args, out)
         tables.add_ablation(heads, ablated)
         on_texts = [(text, tokens, score_text(model, tokens, **options)) for text, tokens in encoded]
@@ -94,18 +100,21 @@ def find_induction_heads(args: argparse.Namespace) -> None:
             "row_length": measured.length,
             "heads": heads,
             "induction_heads": [name(*head) for head in measured.found.ranked()],
+            "no_direct_path": measured.evidence.no_direct_path,
             "ablation": ablated.plain() if ablated else None,
             "metrics": vars(quality) if quality else None,
             "sequences": [
                 tables.text_entry(measured.found, text, model.strings(tokens), on_text)
                 for text, tokens, on_text in on_texts
             ],
-            "files": sorted([*(path.name for path in folder.iterdir()), "results.json"]),
         }
+        if not args.no_plots:
+            write_page(folder, model, results, ablated, on_texts)
+        results["files"] = sorted([*(path.name for path in folder.iterdir()), "results.json"])
         report.write_json(folder / "results.json", results)
     print_summary(results, measured, quality, ablated, out)
-    if ablated and ablated.missing:
-        raise KeyboardInterrupt(f"not measured: {', '.join(ablated.missing)}; the rest is written, run again to go on")
+    if ablated:
+        cli.say_missing(ablated.missing)
 
 
 def choose_labels(model: Model, args: argparse.Namespace) -> Labels | None:
@@ -130,11 +139,18 @@ def ablate(model: Model, measured: Survey, args: argparse.Namespace, out: Path) 
 
     if args.ablate is False or not measured.found.ranked():
         return None
-    laboratory = ablation.Laboratory(model, measured.found, seed=args.seed, batch_size=args.batch_size)
+    try:
+        laboratory = ablation.Laboratory(model, measured.found, seed=args.seed, batch_size=args.batch_size)
+    except UserError as error:
+        report.warn(f"no ablation: {error}")
+        return None
     if args.ablate is None and (seconds := laboratory.seconds()) > ablation.PATIENCE:
         report.say(f"ablation left out: it would take about {seconds / 60:.0f} minutes; --ablate does it")
         return None
-    return ablation.ablate(laboratory, report.earlier_results(out).get("ablation"), report.progress)
+    ablated = ablation.ablate(laboratory, report.earlier_results(out).get("ablation"), report.progress)
+    for kind, why in ablated.impossible.items():
+        report.warn(f"no ablation by '{kind}': {why}")
+    return ablated
 
 
 def draw(folder: Path, model: Model, measured: Survey, labels: Labels | None, on_texts: Sequence[Any]) -> None:
@@ -171,6 +187,25 @@ def draw_effects(
         plots.save(figure, folder / "ablation.png")
 
 
+def write_page(
+    folder: Path, model: Model, results: dict[str, Any], ablated: Ablation | None, on_texts: Sequence[Any]
+) -> None:
+    """The pictures on one page, report.html, with every number on hovering and the patterns of every head."""
+    from common import html_report, scores, tables
+
+    def on_page(number: int, text: str, tokens: Ints, on_text: TextScores) -> html_report.TextMaps:
+        said = tables.text_line(number, results["sequences"][number - 1])
+        places = html_report.drawn_places(len(tokens), on_text.cells)
+        pattern = scores.every_pattern(model, tokens, places).reshape(-1, len(places), len(places))
+        return html_report.TextMaps(text, model.strings(tokens), said, on_text.cells, places, {"pattern": pattern})
+
+    said = [tables.verdict_sentence(results["heads"])]
+    if ablated and (sentence := tables.ablation_sentence(ablated)):
+        said.append(sentence)
+    texts = (on_page(number, *one) for number, one in enumerate(on_texts, start=1))
+    html_report.save(html_report.induction_page(results, said, texts), folder)
+
+
 def text_panels(model: Model, measured: Survey, tokens: Ints, on_text: TextScores) -> list[tuple[str, Floats]]:
     """What to draw of a text, as (title, pattern): its strongest induction heads, and the mean over a layer's heads."""
     from common import scores, tables
@@ -199,17 +234,17 @@ def print_summary(
     title = f"Heads of {results['model']['name']} that attend to the tokens after earlier copies"
     report.print_table(title, tables.HEAD_COLUMNS, tables.head_lines(heads))
     if not results["induction_heads"]:
-        print("No head of this model is an induction head by this test.")
-    print(tables.other_heads(heads))
+        report.tell("No head of this model is an induction head by this test.")
+    report.tell(tables.other_heads(heads))
     if uncertain := tables.unsure(measured):
-        print(uncertain)
+        report.tell(uncertain)
     if ablated and (sentence := tables.ablation_sentence(ablated)):
-        print(sentence)
+        report.tell(sentence)
     for number, entry in enumerate(results["sequences"], start=1):
-        print(tables.text_line(number, entry))
+        report.tell(tables.text_line(number, entry))
     if quality:
-        print(f"Agreement with labels: {quality.sentence()}.\nLabels: {quality.labels}.")
-    print(f"Written to {out}: {', '.join(results['files'])}")
+        report.tell(f"Agreement with labels: {quality.sentence()}.\nLabels: {quality.labels}.")
+    report.tell(f"Written to {out}: {', '.join(results['files'])}")
 
 
 if __name__ == "__main__":

@@ -64,10 +64,13 @@ def analyse_layer(args: argparse.Namespace) -> None:
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
     report.say(f"loading --model {args.model} …")
-    from common import models, qk
+    from common import models, qk, qk_tables
 
-    model = models.load(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    model = models.load(
+        args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code, say=report.say
+    )
     report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
+    report.detail(f"it reads {model.context} tokens, BOS {model.bos} included; fingerprint {model.fingerprint}")
     args.layer = layer if args.layer is None else args.layer
     qk.check_exists(
         model, None if args.layer == "auto" else args.layer, None if args.head in ("auto", "all") else args.head
@@ -81,6 +84,7 @@ def analyse_layer(args: argparse.Namespace) -> None:
         report.say(f"layer {chosen.layer}: {chosen.reason}")
         looked = [look(folder, model, chosen, args, n, *text) for n, text in enumerate(encoded, start=1)]
         decomposed = [record for entry in looked for record in entry.pop("decomposed")]
+        on_page = [entry.pop("on_page") for entry in looked]
         richest = max(looked, key=lambda entry: len(entry["cells"]))["number"]  # the text with most induction cells
         weights = weigh(folder, model, chosen, previous_token, args, *encoded[richest - 1])
         experiments = intervene(folder, model, chosen, found, args, report.earlier_results(out))
@@ -92,23 +96,23 @@ def analyse_layer(args: argparse.Namespace) -> None:
             **report.provenance(args, model, started),
             "layer": chosen.layer,
             "chosen": chosen.reason,
-            "heads": [
-                {"layer": chosen.layer, "head": head, **{key: of[chosen.layer, head] for key, of in measured.items()}}
-                for head in range(model.n_heads)
-            ],
+            "heads": qk_tables.head_rows(chosen.layer, measured),
             "check": {"max_abs_error": max(entry["check"]["max_abs_error"] for entry in looked)},
             "sequences": looked,
             "decomposition": decomposed,
             **weights,
             "interventions": experiments.effects if experiments else [],
             "experiments": experiments.about() if experiments else None,
-            "files": sorted([*(path.name for path in folder.iterdir()), "results.json"]),
         }
+        if not args.no_plots:
+            from common import html_qk
+
+            html_qk.save(folder, results, chosen.leading, on_page)
+        results["files"] = sorted([*(path.name for path in folder.iterdir()), "results.json"])
         report.write_json(folder / "results.json", results)
     print_summary(results, richest, name(chosen.layer, chosen.leading), out)
-    if experiments and experiments.missing:
-        missing = ", ".join(experiments.missing)
-        raise KeyboardInterrupt(f"not measured: {missing}; the rest is written, run again to go on")
+    if experiments:
+        cli.say_missing(experiments.missing)
 
 
 def measure_heads(model: Model, args: argparse.Namespace) -> tuple[Detection, Floats]:
@@ -133,13 +137,14 @@ def look(
     removed = {} if args.interventions is False else qk_interventions.removals(model, tokens, met, split)
     if args.export:
         qk.export(met, tokens, folder / f"qk_{number:02d}.safetensors")
-    maps = []
+    maps, on_page = [], None
     if not args.no_plots:
-        from common import qk_plots
+        from common import html_qk, qk_plots
 
         title = f"{model.name}, text {number}: {cli.shortened(text)}"
         figures = qk_plots.text_figures(met, split, chosen.grid, model.strings(tokens), cells, title)
         maps = qk_plots.save_all(figures, folder, f"_{number:02d}")
+        on_page = html_qk.of_text(met, split, text, model.strings(tokens), cells)
     records = {head: {"refused": one, "terms": []} if isinstance(one, str) else one.record(TERMS)
                for head, one in split.items()}  # fmt: skip
     return {
@@ -149,6 +154,7 @@ def look(
         "cells": cells,
         "check": {**vars(met.check), "max_abs_error": met.check.max_abs_error},
         "maps": maps,
+        "on_page": on_page,
         "decomposed": [
             {"text": number, "head": name(chosen.layer, head), **one, "removal": removed.get(head)}
             for head, one in records.items()
@@ -165,7 +171,7 @@ def decompose(
     try:
         return {**qk.decompose(model, tokens, met, heads, cells)}
     except UserError as error:
-        report.say(f"warning: {error}")
+        report.warn(str(error))
         return {head: str(error) for head in heads}
 
 
@@ -188,7 +194,7 @@ def weigh(
         pair = composition.from_previous_token(previous_token, heads) if composition else None
         found = circuits.head_circuits(model, (at, head), pair and pair[0], tokens, distances=DISTANCES)
     except UserError as error:
-        report.say(f"warning: {error}")
+        report.warn(str(error))
         return {"composition": None, "directions": []}
     strings = model.strings(found.tokens)
     if not args.no_plots:
@@ -230,19 +236,17 @@ def print_summary(results: dict[str, Any], richest: int, leading: str, out: Path
     from common import qk_tables
 
     for one in (one for one in results["decomposition"] if one["text"] == richest and one["terms"]):
-        print(qk_tables.lead_sentence(one))
+        report.tell(qk_tables.lead_sentence(one))
         report.print_table("", qk_tables.TERM_COLUMNS, qk_tables.term_lines(one))
         if removed := qk_tables.removal_sentence(one):
-            print(removed)
-    print(f"Our scores reproduce the model's: largest error {results['check']['max_abs_error']:.1e}")
-    if results["composition"]:
-        print(qk_tables.composition_sentence(results["composition"]))
+            report.tell(removed)
+    report.tell("\n".join(qk_tables.sentences(results)))
     if lines := qk_tables.part_lines(results["interventions"], leading):
-        print(qk_tables.part_sentence(results["interventions"], leading))
+        report.tell(qk_tables.part_sentence(results["interventions"], leading))
         report.print_table("", qk_tables.COLUMNS, lines)
     if walked := qk_tables.path_sentence(results["interventions"]):
-        print(walked)
-    print(f"Written to {out}: {', '.join(results['files'])}")
+        report.tell(walked)
+    report.tell(f"Written to {out}: {', '.join(results['files'])}")
 
 
 if __name__ == "__main__":

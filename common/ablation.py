@@ -23,6 +23,7 @@ from common.bench import Bench, Reads, greedy
 from common.detection import Detection
 from common.edits import Head, Intervention, Recordings
 from common.effects import RowMetrics, effects_with_controls, names
+from common.errors import UserError
 from common.interventions import forbid, mean, position_classes
 from common.models import Model
 from common.sequences import Battery, battery, continuing
@@ -46,7 +47,8 @@ class Ablation:
 
     `clean`: each metric without intervention; `effects`: of single heads and of the `together` set; `greedy`: heads in
     the order in which adding them raises the loss at repeats most, with the loss so far; `missing`: what an
-    interruption left out; `settings`: what another run must share to go on from here.
+    interruption left out; `impossible`: by kind, why the model does not let it be made; `settings`: what another run
+    must share to go on from here.
     """
 
     together: str
@@ -55,6 +57,7 @@ class Ablation:
     effects: list[dict[str, Any]] = field(default_factory=list)
     greedy: list[dict[str, Any]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    impossible: dict[str, str] = field(default_factory=dict)
 
     def of(self, heads: str, kind: str, metric: str) -> dict[str, Any] | None:
         """The effect of one intervention on one metric; None where it was not measured."""
@@ -117,10 +120,9 @@ def ablate(laboratory: Laboratory, earlier: dict[str, Any] | None = None, progre
     with progress("ablating heads", laboratory.runs) as advance:
         try:
             for kind, sets in wanted.items():
-                for effects in _effects(laboratory, kind, sets, advance):
-                    result.effects += effects
-                    result.missing.remove(f"{kind} {effects[0]['head']}")
-            result.greedy = _greedy(laboratory, advance)
+                _add_effects(result, laboratory, kind, sets, advance)
+            if "forbid" not in result.impossible:
+                result.greedy = _greedy(laboratory, advance)
             result.missing = []
         except KeyboardInterrupt:
             pass
@@ -136,6 +138,22 @@ def _interventions(model: Model, drawn: Battery, batch_size: int) -> dict[str, I
         "mean": lambda heads: mean(heads, controls, classes, classes),
         "forbid": lambda heads: forbid(heads, cells),
     }
+
+
+def _add_effects(
+    result: Ablation,
+    laboratory: Laboratory,
+    kind: str,
+    sets: Sequence[tuple[Head, ...]],
+    advance: Callable[[int], None],
+) -> None:
+    """Add the effects of one kind as they come; where the model does not let it be made, the reason."""
+    try:
+        for effects in _effects(laboratory, kind, sets, advance):
+            result.effects += effects
+            result.missing.remove(f"{kind} {effects[0]['head']}")
+    except UserError as error:
+        result.impossible[kind] = str(error)
 
 
 def _effects(

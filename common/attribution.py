@@ -27,10 +27,13 @@ from einops import einsum
 from numpy.typing import NDArray
 
 from common.batching import in_batches
+from common.direct import check_direct
+from common.errors import UserError
 from common.interventions import without_cells
 from common.models import Model, read
 from common.sequences import Cells, Floats, TokenBatch, continuing
 
+CHECKED = 16  # tokens that the direct path is checked on
 SAMPLE = 2048  # tokens of the vocabulary that OV copying is measured on
 
 
@@ -40,6 +43,7 @@ def total_effect(
     """Total effect of attending to the targets on the correct token's logit, [rows, layers, heads], in nats.
 
     Mean over the tokens of a row that continue a repeat; NaN for a row that has none. Positive: raises the token.
+    Raises UserError where the model shows other patterns than it uses.
     """
     return _in_parts(_total_effect_at_once, model, batch, batch_size, advance)
 
@@ -47,12 +51,20 @@ def total_effect(
 def direct_effect(
     model: Model, batch: TokenBatch, *, batch_size: int, advance: Callable[[int], None] = lambda rows: None
 ) -> Floats:
-    """The direct part of the total effect, [rows, layers, heads], in nats; NaN for a row without a repeat."""
+    """The direct part of the total effect, [rows, layers, heads], in nats; NaN for a row without a repeat.
+
+    Raises UserError where something stands between heads and final stream, or final stream and logits.
+    """
+    check_direct(model, batch.tokens[:1, :CHECKED])
     return _in_parts(_direct_effect_at_once, model, batch, batch_size, advance)
 
 
 def ov_copying(model: Model) -> Floats:
-    """Copying score of every head's OV circuit, [layers, heads], from -1 (suppresses what it reads) to 1 (copies)."""
+    """Copying score of every head's OV circuit, [layers, heads], from -1 (suppresses what it reads) to 1 (copies).
+
+    Raises UserError where something stands between heads and final stream, or final stream and logits.
+    """
+    check_direct(model, np.array([[model.bos, *model.ordinary()[: CHECKED - 1]]])[:, : model.context])
     tokens = model.ordinary()
     tokens = tokens[np.unique(np.linspace(0, len(tokens) - 1, min(SAMPLE, len(tokens))).astype(int))]
     stream = _token_streams(model, tokens)
@@ -98,23 +110,31 @@ def _total_effect_at_once(model: Model, batch: TokenBatch) -> Floats:
     row, position = np.nonzero(continuing(batch))
     patterns: dict[int, torch.Tensor] = {}
 
-    def keep(pattern: torch.Tensor, hook: Any) -> torch.Tensor:
-        pattern = pattern if pattern.requires_grad else pattern.detach().requires_grad_()
-        pattern.retain_grad()
-        patterns[int(hook.name.split(".")[1])] = pattern
-        return pattern
+    def begin(stream: torch.Tensor, hook: Any) -> torch.Tensor:
+        return stream.detach().requires_grad_()
 
-    hooks = [(f"blocks.{layer}.attn.hook_pattern", keep) for layer in range(model.n_layers)]
-    with torch.enable_grad(), model.bridge.hooks(fwd_hooks=[*hooks, ("unembed.hook_in", _only(row, position - 1))]):
+    def keep(pattern: torch.Tensor, hook: Any) -> None:
+        if pattern.requires_grad:  # the tensor the layer uses: some families show it when it has been used already
+            pattern.retain_grad()
+        patterns[int(hook.name.split(".")[1])] = pattern
+
+    hooks: list[tuple[str, Callable[..., Any]]] = [("blocks.0.hook_in", begin)]
+    hooks += [(f"blocks.{layer}.attn.hook_pattern", keep) for layer in range(model.n_layers)]
+    hooks += [("unembed.hook_in", _only(row, position - 1))]
+    with torch.enable_grad(), model.bridge.hooks(fwd_hooks=hooks):
         logits = model.bridge.original_model(_ids(model, batch.tokens), use_cache=False).logits[0].float()
         correct = logits.gather(1, _ids(model, batch.tokens[row, position])[:, None])[:, 0]
         share = 1.0 / np.bincount(row, minlength=len(batch.tokens))[row]
         ((correct - logits.mean(1)) * torch.from_numpy(share).to(logits)).sum().backward()
     effects = np.full((len(batch.tokens), model.n_layers, model.n_heads), np.nan)
     for layer, pattern in patterns.items():
+        if pattern.grad is None:
+            raise UserError(
+                f"the pattern that '{model.name}' shows in layer {layer} is not the one it uses: what its heads do "
+                "cannot be measured, so no verdict can be given"
+            )
         due = _due_to(pattern.detach(), batch.cells["prefix_matching"])
-        gradient = pattern.grad if pattern.grad is not None else torch.zeros_like(due)
-        effects[:, layer] = (gradient * due).sum((2, 3)).double().cpu().numpy()
+        effects[:, layer] = (pattern.grad * due).sum((2, 3)).double().cpu().numpy()
     effects[np.bincount(row, minlength=len(effects)) == 0] = np.nan
     return effects
 

@@ -6,7 +6,11 @@ Imports nothing heavy, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import difflib
+import io
 import logging
+import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,11 +19,13 @@ from typing import TYPE_CHECKING, Never
 
 from common import report
 from common.errors import UserError
+from common.escapes import escaped
 
 if TYPE_CHECKING:
     from common.models import Model
     from common.sequences import Ints
 
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")  # as torch says it
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
@@ -27,7 +33,15 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line on stderr, with exit code 2."""
 
     def error(self, message: str) -> Never:
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: {escaped(message)}{self._nearest(message)} (--help lists the options)\n")
+
+    def _nearest(self, message: str) -> str:
+        """`; did you mean --…?` where the complaint is of a flag that nearly exists."""
+        if not message.startswith("unrecognized arguments:"):
+            return ""
+        flag = next((word.partition("=")[0] for word in message.split() if word.startswith("-")), "")
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 def shared_parser(description: str) -> Parser:
@@ -37,8 +51,8 @@ def shared_parser(description: str) -> Parser:
     what.add_argument(
         "--model",
         default="auto",
-        metavar="NAME|FOLDER",
-        help="a TransformerLens model name, a Hugging Face folder, mini (bundled, offline), "
+        metavar="NAME|FOLDER|FILE",
+        help="a TransformerLens model name, a Hugging Face folder, a GGUF file, mini (bundled, offline), "
         "or auto: GPT-2 small where it can be had, else mini (default auto)",
     )
     texts = what.add_mutually_exclusive_group()
@@ -67,6 +81,12 @@ def shared_parser(description: str) -> Parser:
     out = parser.add_argument_group("what to write")
     out.add_argument("--out", type=Path, metavar="DIR", help="output folder (default outputs/<model>/<script>)")
     out.add_argument("--no-plots", action="store_true", help="numbers only, no pictures")
+    talk = parser.add_mutually_exclusive_group()
+    for flag, level, text in (
+        ("--quiet", logging.WARNING, "say nothing while it runs but warnings; the result still comes"),
+        ("--verbose", logging.DEBUG, "say more while it runs"),
+    ):
+        talk.add_argument(flag, action="store_const", const=level, dest="level", default=logging.INFO, help=text)
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model's own Python code run")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and what is worth a look")
     return parser
@@ -154,8 +174,8 @@ def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
                 "shorten it or split it"
             )
         if len(tokens) < 3:
-            report.say(
-                f"warning: text {number} ({text!r}) has {len(tokens) - 1} tokens, at least 2 are needed: left out"
+            report.warn(
+                f"text {number} ({shortened(text)!r}) has {len(tokens) - 1} tokens, at least 2 are needed: left out"
             )
             continue
         kept.append((text, tokens))
@@ -180,19 +200,41 @@ def shortened(text: str, most: int = 70) -> str:
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
+def say_missing(missing: Sequence[str]) -> None:
+    """Stop as Ctrl-C does where an interrupted run has written what it has and `missing` names the rest."""
+    if missing:
+        raise KeyboardInterrupt(f"not measured: {', '.join(missing)}; the rest is written, run again to go on")
+
+
 def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, program: str) -> int:
     """Do the work; 0, or the exit code of what went wrong after one line on stderr."""
     if args.debug:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("common").setLevel(logging.INFO)
+    report.LOG.setLevel(args.level)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows few characters gets escapes for the others
+            stream.reconfigure(errors="backslashreplace")
     try:
         work(args)
+        sys.stdout.flush()
         return 0
     except UserError as error:
-        if args.debug:
-            traceback.print_exc()
-        sys.stderr.write(f"{program}: {' '.join(str(error).split())}\n")
-        return 2
+        return _failed(program, str(error), args.debug)
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"{program}: stopped; {stop or 'nothing was written'}\n")
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the table has read enough; the files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
+            raise
+        return _failed(program, "out of memory: a smaller --batch-size or shorter texts need less", args.debug)
+
+
+def _failed(program: str, message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"{program}: {escaped(' '.join(message.split()))}\n")
+    return 2

@@ -170,6 +170,26 @@ def _move(clean: Recordings, head: Head, cells: Cells, places: tuple[Ints, Ints]
     return written(clean, head, less[places])
 
 
+def check_direct(model: Model, tokens: Ints) -> None:
+    """Raise UserError unless what a head writes reaches the final stream as it is, and the logits are an unembedding of
+    the normed final stream. Looks at one run of [rows, pos] ids."""
+    _check_readout(model, tokens)
+    clean = Recordings(model, tokens)
+    points = ("resid_pre", "resid_post", "pattern", "v", "z", "o", "attn_out", "mlp_out")
+    clean.fetch({(layer, point) for layer in range(model.n_layers) for point in points})
+    for layer in range(model.n_layers):
+        output = clean.get(layer, "z")
+        for head in range(model.n_heads):
+            check_values(clean, (layer, head))
+        heads = [written(clean, (layer, head), output[:, :, head]) for head in range(model.n_heads)]
+        summed = torch.stack(heads).sum(0)
+        bias = (clean.get(layer, "o") - summed)[:1, :1]
+        check_same(summed + bias, clean.get(layer, "o"), f"layer {layer} writes more than its heads' outputs")
+        after = torch.stack([clean.get(layer, point) for point in ("resid_pre", "attn_out", "mlp_out")]).sum(0)
+        complaint = f"layer {layer} adds to the residual stream something else than its attention and its MLP put out"
+        check_same(after, clean.get(layer, "resid_post"), complaint)
+
+
 def _check_readout(model: Model, tokens: Ints) -> None:
     stream = Recordings(model, tokens).get(model.n_layers - 1, "resid_post")
     complaint = f"'{model.name}' does something else between its last block and its logits than norm and unembed"

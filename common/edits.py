@@ -40,6 +40,7 @@ POINTS = {  # what is edited or read, as the bridge names it inside a block
     "k": "attn.hook_k",
     "v": "attn.hook_v",
     "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
     "o": "attn.o.hook_out",
     "scale": "ln1.hook_scale",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -12,12 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from common.ablation import Ablation
 from common.detection import LEAST_EFFECT, name
 from common.plots import MARK
 from common.qk_interventions import KINDS, PATHS, THROUGH, WHOLE
 from common.qk_plots import label_tokens, limit_of, outline, signed, write_values
 from common.sequences import Floats
+
+if TYPE_CHECKING:  # pictures need no torch
+    from common.ablation import Ablation
 
 COPYING = "PuOr_r"
 MARKERS = {"induction": "o", "suppression": "v", "attends-only": "D"}
@@ -56,7 +58,7 @@ def scatter(axes: Axes, heads: Sequence[dict[str, Any]], title: str) -> Axes:
         some = shapes == shape
         drawn = axes.scatter(
             score[some], effect[some], c=copying[some], marker=shape, cmap=COPYING, vmin=-1, vmax=1,
-            s=60 if shape != "s" else 22, edgecolors="0.2", linewidths=0.6, zorder=3,
+            s=60 if shape != "s" else 22, edgecolors="0.2", linewidths=0.6, zorder=3, plotnonfinite=True,
         )  # fmt: skip
     axes.axhline(0, color="0.7", linewidth=0.8)
     axes.set_yscale("symlog", linthresh=LEAST_EFFECT)

@@ -1,8 +1,10 @@
 """Load a model so that TransformerLens can hook it, and check that what it shows is attention.
 
-1. Find the folder: the bundled `mini`, a folder of the user's, or a named model in the local Hugging Face cache,
-   downloaded first where it is missing and the hub answers within `PATIENCE` seconds.
-2. Load weights (safetensors only) and tokenizer from that folder, and wrap them in a TransformerBridge.
+1. Find the folder: the bundled `mini`, a folder of the user's, one converted from a GGUF file (common/gguf.py), or a
+   named model in the local Hugging Face cache, downloaded first where it is missing and the hub answers within
+   `PATIENCE` seconds.
+2. Load weights (safetensors only, and none missing) and tokenizer from that folder, and wrap them in a
+   TransformerBridge.
 3. Run one tiny forward pass: every layer must show a pattern whose rows sum to 1 and which never attends ahead.
 4. Compare it with what the same weights show through fused attention (common/trunk.py): where the two agree, scores are
    read that way, at the cost of the trunk alone; where not, from the bridge.
@@ -12,6 +14,7 @@ One path for all models: `mini` is loaded by exactly the code that loads GPT-2.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
@@ -28,8 +31,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common import trunk
+from common import gguf, trunk
 from common.errors import UserError
+from common.escapes import escaped
 from common.trunk import Trunk
 
 MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
@@ -81,25 +85,32 @@ class Model:
 
 def visible(token: str) -> str:
     """A token with its spaces, line ends and other unprintable characters made visible."""
-    shown = token.replace(" ", "·").replace("\n", "⏎").replace("\t", "→")
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in shown)
+    return escaped(token.replace(" ", "·").replace("\n", "⏎").replace("\t", "→"))
 
 
-def load(name: str, *, device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False) -> Model:
-    """Load `name`: `mini`, `auto`, a folder, or a TransformerLens model name.
+def load(
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> Model:
+    """Load `name`: `mini`, `auto`, a folder, a GGUF file, or a TransformerLens model name.
 
+    `say` is told of what takes long.
     Raises UserError with one line that says what was wrong and what to do: nothing there, no network and no cache,
     a folder that holds no model, weights that are not safetensors, an architecture TransformerLens cannot wrap, or a
     model that fails the self-check.
     """
     _quiet()
-    folder, shown, source = _find(name)
+    folder, shown, source = _find(name, say)
     _check_folder(folder, shown)
     _check_device(device)
     hf_model, tokenizer = _read(folder, shown, getattr(torch, dtype), trust_remote_code)
     hf_model = hf_model.to(device).eval().requires_grad_(False)
     taken = trunk.take(hf_model)
-    bridge = _wrap(shown, hf_model, tokenizer)
+    bridge = _wrap(folder, shown, hf_model, tokenizer)
     model = Model(
         bridge=bridge,
         tokenizer=tokenizer,
@@ -171,17 +182,28 @@ def watch(
 # --- finding the folder ---
 
 
-def _find(name: str) -> tuple[Path, str, str]:
+def _find(name: str, say: Callable[[str], None]) -> tuple[Path, str, str]:
     """The folder that holds the model, the name to show, and a sentence on where it came from."""
     if name == "mini":
         return MINI, "mini", "bundled with this project"
     if name == "auto":
         return _auto()
-    if Path(name).is_dir():
-        return Path(name), Path(name).resolve().name, f"folder {name}"
-    if Path(name).exists():
-        raise UserError(f"{name} is a file: --model takes a model name or a folder in Hugging Face format")
+    if os.path.isdir(name):
+        return Path(name), _shown(Path(name).resolve().name), escaped(f"folder {name}")
+    if os.path.exists(name) and gguf.is_gguf(Path(name)):
+        return gguf.folder_of(Path(name), say), _shown(Path(name).stem), escaped(f"GGUF file {name}")
+    if os.path.exists(name):
+        raise UserError(
+            f"{name} is a file: --model takes a model name, a folder in Hugging Face format, or a GGUF file"
+        )
+    if name.startswith(("/", "./", "../", "~")):
+        raise UserError(f"there is no folder {name}")
     return _named(name)
+
+
+def _shown(name: str) -> str:
+    """A folder's name as results and output folders can bear it."""
+    return escaped(name).replace("\\", "_") if not name.isprintable() else name or "model"
 
 
 def _auto() -> tuple[Path, str, str]:
@@ -210,7 +232,9 @@ def _named(name: str) -> tuple[Path, str, str]:
         if _has_weights(folder):
             return folder, name, "local Hugging Face cache"
     except HFValidationError:
-        raise UserError(f"'{name}' is neither a folder nor a model name; --model mini is bundled") from None
+        raise UserError(
+            f"'{name}' is neither a folder nor a model name{_nearest(name)}; --model mini is bundled"
+        ) from None
     except LocalEntryNotFoundError:
         pass
     _ask_hub(repository, name)
@@ -243,12 +267,26 @@ def _ask_hub(repository: str, name: str) -> None:
     if isinstance(problem, GatedRepoError):
         raise UserError(f"'{name}' asks for a login: run `hf auth login` first, or use --model mini")
     if isinstance(problem, RepositoryNotFoundError):
-        raise UserError(f"the Hugging Face hub has no model '{name}'; check the name, or use --model mini")
+        raise UserError(f"the hub has no model '{name}'{_nearest(name)}; --model mini is bundled")
     raise UserError(
-        f"'{name}' is no folder and not in the local Hugging Face cache, and the hub cannot be reached: "
-        f"use --model mini, or run `hf download {repository}` where there is a network and copy the cache folder over "
+        f"'{name}' is no folder and not in the local Hugging Face cache, and the hub cannot be reached"
+        f"{_nearest(name)}: use --model mini, or run `hf download {repository}` where there is a network and copy the cache folder over "
         "(HF_HOME names it)"
     )
+
+
+def _nearest(name: str) -> str:
+    """` (did you mean …?)` with the known model names most like `name`; empty for a known name or one like none."""
+    from transformer_lens.tools.model_registry import registry_io
+
+    short = [alias for aliases in registry_io.load_model_aliases().values() for alias in aliases]
+    known = [GPT2, "mini", "auto", *short, *registry_io.load_model_aliases()]
+    known += [entry["model_id"] for entry in registry_io.load_supported_models_raw()["models"]]
+    by_lower = {name.lower(): name for name in reversed(known)}
+    near = difflib.get_close_matches(name.lower()[:100], by_lower, n=3, cutoff=0.75)
+    if not near or name in known:
+        return ""
+    return f" (did you mean {' or '.join(by_lower[one] for one in near)}?)"
 
 
 def _has_weights(folder: Path) -> bool:
@@ -297,17 +335,21 @@ def _read(folder: Path, shown: str, dtype: torch.dtype, trust_remote_code: bool)
     except Exception as error:
         raise UserError(f"the tokenizer of '{shown}' does not load: {_first_line(error)}") from error
     try:
-        weights = {"dtype": dtype, "attn_implementation": "eager", "use_safetensors": True}
-        return AutoModelForCausalLM.from_pretrained(folder, **weights, **options), tokenizer
+        weights = {"dtype": dtype, "attn_implementation": "eager", "use_safetensors": True, "output_loading_info": True}
+        hf_model, loaded = AutoModelForCausalLM.from_pretrained(folder, **weights, **options)
     except Exception as error:
         raise UserError(f"the weights of '{shown}' do not load: {_first_line(error)}") from error
+    if loaded["missing_keys"]:  # transformers would draw them at random
+        missing = sorted(loaded["missing_keys"])
+        raise UserError(f"the weights of '{shown}' are not all there: {len(missing)} are missing, such as {missing[0]}")
+    return hf_model, tokenizer
 
 
-def _wrap(shown: str, hf_model: Any, tokenizer: Any) -> Any:
+def _wrap(folder: Path, shown: str, hf_model: Any, tokenizer: Any) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    try:
-        return TransformerBridge.boot_transformers(shown, hf_model=hf_model, tokenizer=tokenizer)
+    try:  # named by its folder: a name that is an old alias of another model would bring a warning
+        return TransformerBridge.boot_transformers(str(folder), hf_model=hf_model, tokenizer=tokenizer)
     except Exception as error:
         raise UserError(f"TransformerLens cannot wrap '{shown}': {_first_line(error)}") from error
 
@@ -321,9 +363,9 @@ def _bos(tokenizer: Any) -> int:
 
 
 def _fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json and the weights, by name."""
+    """SHA-256 over config.json, the weights by name, and what tells of which GGUF file they were made."""
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors")), *folder.glob(gguf.DIGEST)]:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

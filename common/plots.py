@@ -21,12 +21,16 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter
 from sklearn.metrics import precision_recall_curve
 
 from common.detection import Detection, by_score, name
+from common.escapes import escape
 from common.labels import Labels
 from common.metrics import agreement
 from common.sequences import Floats
@@ -35,6 +39,7 @@ MARK = "#D55E00"
 ATTENTION = "Blues"
 RESTING = "Greys"
 LONGEST = 48  # tokens that stay legible on one axis
+LONGEST_LABEL = 24  # characters of one token on an axis
 MOST_HEADS = 40  # heads that stay legible in one list
 OUTLINES: dict[str, tuple[str, Any]] = {
     "induction": (MARK, "-"),
@@ -60,8 +65,23 @@ MOST_VALUES = 400  # heads up to which the mosaic carries numbers
 plt.rcParams.update({"font.family": ["DejaVu Sans"], "figure.dpi": 120, "text.parse_math": False})
 
 
+def legible(text: str, most: int | None = None) -> str:
+    """`text` as the font can show it: glyphs that it lacks become escapes such as `\\u4e2d`, and so does what cannot be
+    printed; at most `most` characters, the end cut off."""
+    known = get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap()
+    shown = "".join(
+        char if char == "\n" or (char.isprintable() and ord(char) in known) else escape(char) for char in text
+    )
+    return shown if most is None or len(shown) <= most else shown[: most - 1] + "…"
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure as PNG and close it."""
+    """Write the figure as PNG, its texts made legible, and close it."""
+    for axis in (axis for axes in figure.findobj(Axes) for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(labels := axis.get_major_formatter(), FixedFormatter):
+            axis.set_major_formatter(FixedFormatter([legible(label, LONGEST_LABEL) for label in labels.seq]))
+    for text in figure.findobj(Text):
+        text.set_text(legible(text.get_text()))
     figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
 

@@ -166,7 +166,8 @@ def _caption(found: Decomposition, tokens: Sequence[str]) -> str:
         f"Mean over {len(found.cells)} {found.kind}, the first {tokens[query]} looking at {tokens[key]} "
         f"(tokens {query} and {key}).\nThe lead, {found.lead:.2f}, is the score less the mean score of the other "
         f"tokens in sight; its parts sum to it (error {found.error:.0e}).\n"
-        "embed: the token, with what MLP 0 makes of it in any context; mlp0: the rest of MLP 0. Framed: the largest."
+        "embed: the token, with what MLP 0 makes of it in any context; heads of layer 0: with what MLP 0 makes of them;\n"
+        "mlp0: the rest of MLP 0. Framed: the largest."
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.qk_interventions import KINDS, THROUGH, WHOLE
@@ -31,6 +31,21 @@ def lead_sentence(decomposed: dict[str, Any]) -> str:
 def term_lines(decomposed: dict[str, Any]) -> list[list[str]]:
     """The largest terms of a decomposition."""
     return [[term["query"], term["key"], f"{term['value']:.2f}"] for term in decomposed["terms"]]
+
+
+def head_rows(layer: int, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The heads of a layer with what was `measured` of each, [layer, head] per key."""
+    n_heads = next(iter(measured.values())).shape[1]
+    return [
+        {"layer": layer, "head": head, **{key: values[layer, head] for key, values in measured.items()}}
+        for head in range(n_heads)
+    ]
+
+
+def sentences(results: Mapping[str, Any]) -> list[str]:
+    """The self-check, and the composed pair where there is one."""
+    said = [f"Our scores reproduce the model's: largest error {results['check']['max_abs_error']:.1e}"]
+    return [*said, composition_sentence(results["composition"])] if results["composition"] else said
 
 
 def composition_sentence(composition: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """Everything a run leaves behind: results.json, the CSV of the head table, the table on stdout, progress on stderr.
 
-Files of a run are written into a hidden folder beside the output folder and moved into place when all of them are
-there, so a run that is stopped leaves what was there before.
+The files of a run appear together or not at all: common/folders.py says how.
 """
 
 from __future__ import annotations
@@ -9,12 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
-import os
 import platform
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,71 +25,52 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from common.errors import UserError
+from common.escapes import escaped
+from common.folders import earlier_results as earlier_results
+from common.folders import output_folder as output_folder
 
 SCHEMA = 1
 WIDTH = 100
+LOG = logging.getLogger("induction_heads")  # its level is what --quiet and --verbose set
 PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "scikit-learn", "matplotlib")
 
 
-def say(message: str) -> None:
-    """One line for the person who waits, on stderr."""
-    sys.stderr.write(message + "\n")
-    sys.stderr.flush()
+def say(message: str, level: int = logging.INFO) -> None:
+    """One line for the person who waits, on stderr; not with --quiet."""
+    if LOG.isEnabledFor(level):
+        sys.stderr.write(escaped(message) + "\n")
+        sys.stderr.flush()
+
+
+def warn(message: str) -> None:
+    """One line on stderr that the results need to be read with; with --quiet too."""
+    say(f"warning: {message}", logging.WARNING)
+
+
+def detail(message: str) -> None:
+    """One line on stderr with --verbose."""
+    say(message, logging.DEBUG)
+
+
+def tell(message: str) -> None:
+    """A line of the result, on stdout."""
+    sys.stdout.write(escaped(message, keep="\n") + "\n")
 
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Any]:
-    """A bar on stderr with the time left; yields advance(count). Drawn only where stderr is a terminal."""
+    """A bar on stderr with the time left; yields advance(count). Drawn only where stderr is a terminal, and not with
+    --quiet."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left"))
     console = Console(stderr=True)
-    options: dict[str, Any] = {"console": console, "transient": True, "disable": not console.is_terminal}
+    options: dict[str, Any] = {
+        "console": console,
+        "transient": True,
+        "disable": not (console.is_terminal and LOG.isEnabledFor(logging.INFO)),
+    }
     with Progress(*columns, TimeRemainingColumn(), **options) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.update(task, advance=count)
-
-
-@contextmanager
-def output_folder(final: Path) -> Iterator[Path]:
-    """Yield an empty folder to write a run into; when the block ends well, its files move to `final`.
-
-    What an earlier run left there and this one did not write anew (its results.json lists its `files`) is removed;
-    other files stay. results.json moves last.
-    Raises UserError where nothing can be written there, before any work is done.
-    """
-    try:
-        final.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        (final / ".writable").touch()
-        (final / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {final}: {error.strerror}; choose another folder with --out") from None
-    try:
-        yield staging
-        for stale in _files_of_earlier_run(final) - {path.name for path in staging.iterdir()}:
-            (final / stale).unlink(missing_ok=True)
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == "results.json"):
-            os.replace(path, final / path.name)
-    except OSError as error:
-        raise UserError(f"writing to {final} failed: {error.strerror}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def earlier_results(folder: Path) -> dict[str, Any]:
-    """The results.json that an earlier run left in `folder`; empty where there is none."""
-    try:
-        content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _files_of_earlier_run(folder: Path) -> set[str]:
-    """The plain file names that the results.json in `folder` lists, if there is one."""
-    listed = earlier_results(folder).get("files")
-    names = listed if isinstance(listed, list) else []
-    return {name for name in names if isinstance(name, str) and Path(name).name == name}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -155,11 +133,11 @@ def _flat(head: dict[str, Any]) -> dict[str, Any]:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout, at most `WIDTH` columns wide; numbers are right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=escaped(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(escaped(cell) for cell in row))
     console().print(table)
 
 

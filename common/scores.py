@@ -110,6 +110,21 @@ def patterns(model: Model, tokens: Ints, wanted: Sequence[tuple[int, int | None]
     return [kept[which] for which in wanted]
 
 
+def every_pattern(model: Model, tokens: Ints, places: Sequence[int]) -> Floats:
+    """The patterns of all heads on one row of ids at the chosen positions, [layers, heads, place, place].
+
+    A layer that shows no pattern is NaN.
+    """
+    found = np.full((model.n_layers, model.n_heads, len(places), len(places)), np.nan)
+    rows, columns = np.ix_(places, places)
+
+    def keep(layer: int, pattern: torch.Tensor) -> None:
+        found[layer] = pattern[0, :, rows, columns].double().cpu().numpy()
+
+    read_patterns(model, tokens[None], keep)
+    return found
+
+
 def _score_at_once(model: Model, batch: TokenBatch) -> tuple[Floats, Floats]:
     """Sums and squares, [head types, rows, layers, heads] each, in one forward pass."""
     rows = len(batch.tokens)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.attribution import direct_effect, total_effect
+from common.attribution import direct_effect, ov_copying, total_effect
 from common.detection import Detection, detect
+from common.errors import UserError
 from common.models import Model
 from common.scores import HeadScores, score_battery
 from common.sequences import Battery, Floats, battery
@@ -31,13 +32,15 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 class Evidence:
     """What was measured: scores on rows with a repeat and on their controls, and on some of the rows the effects.
 
-    `total` and `direct`: effect on the correct token, [rows, layers, heads], in nats.
+    `total` and `direct`: effect on the correct token, [rows, layers, heads], in nats; `no_direct_path`: why the model
+    has no direct path from a head to the logits, and `direct` is NaN, or None.
     """
 
     repeats: HeadScores
     controls: HeadScores
     total: Floats
     direct: Floats
+    no_direct_path: str | None = None
 
     def __add__(self, other: Evidence) -> Evidence:
         return Evidence(
@@ -45,6 +48,7 @@ class Evidence:
             self.controls + other.controls,
             np.concatenate([self.total, other.total]),
             np.concatenate([self.direct, other.direct]),
+            self.no_direct_path,
         )
 
     def decide(self, threshold: float | None) -> Detection:
@@ -108,5 +112,15 @@ def measure(model: Model, drawn: Battery, *, batch_size: int, advance: Callable[
     repeats, controls = score_battery(model, drawn, batch_size=batch_size, advance=advance)
     some = drawn.repeats.rows(0, EFFECT_ROWS)
     total = total_effect(model, some, batch_size=batch_size, advance=advance)
-    direct = direct_effect(model, some, batch_size=batch_size, advance=advance)
+    try:
+        direct = direct_effect(model, some, batch_size=batch_size, advance=advance)
+    except UserError as error:
+        return Evidence(repeats, controls, total, np.full_like(total, np.nan), str(error))
     return Evidence(repeats, controls, total, direct)
+
+
+def copying(model: Model, measured: Survey) -> Floats:
+    """OV copying of every head, [layers, heads]; NaN for a model without a direct path from a head to the logits."""
+    if measured.evidence.no_direct_path:
+        return np.full((model.n_layers, model.n_heads), np.nan)
+    return ov_copying(model)

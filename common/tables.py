@@ -104,13 +104,18 @@ def head_lines(heads: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             f"{head['verdict']} {head['confidence']:.2f}",
             f"{head['prefix_matching']:.2f}",
             f"{head['threshold']:.2f}",
-            f"{head['total_effect']:+.2f}",
-            f"{head['direct_effect']:+.2f}",
-            f"{head['copying']:+.2f}",
+            _signed(head["total_effect"]),
+            _signed(head["direct_effect"]),
+            _signed(head["copying"]),
             " ".join(f"{100 * head[f'budget_{part}']:3.0f}" for part in BUDGET),
         ]
         for head in shown[:MOST_PRINTED]
     ]
+
+
+def _signed(value: float) -> str:
+    """A number with its sign; a dash where it was not measured."""
+    return "–" if np.isnan(value) else f"{value:+.2f}"
 
 
 HEAD_COLUMNS = (
@@ -123,6 +128,15 @@ HEAD_COLUMNS = (
     "copy-\ning",
     "attention paid to, %\ntgt prv slf dup BOS oth",
 )
+
+
+def verdict_sentence(heads: Sequence[Mapping[str, Any]]) -> str:
+    """The induction heads with their scores, highest first, or that there is none."""
+    found = sorted((head for head in heads if head["induction"]), key=lambda head: -head["prefix_matching"])
+    if not found:
+        return "No head of this model is an induction head by this test."
+    named = ", ".join(f"{name(head['layer'], head['head'])} ({head['prefix_matching']:.2f})" for head in found)
+    return f"{len(found)} induction {'head' if len(found) == 1 else 'heads'}: {named}."
 
 
 def other_heads(heads: Sequence[Mapping[str, Any]]) -> str:

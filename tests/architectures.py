@@ -64,6 +64,19 @@ def _bloom(**shared: Any) -> Any:
     return transformers.BloomConfig(hidden_size=D_MODEL, n_layer=LAYERS, n_head=HEADS, seq_length=CONTEXT, **shared)
 
 
+def _phi(**shared: Any) -> Any:
+    return transformers.PhiConfig(
+        hidden_size=D_MODEL, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=64,
+        max_position_embeddings=CONTEXT, **shared,
+    )  # fmt: skip
+
+
+def _gptj(**shared: Any) -> Any:
+    return transformers.GPTJConfig(
+        n_embd=D_MODEL, n_layer=LAYERS, n_head=HEADS, n_positions=CONTEXT, rotary_dim=4, **shared
+    )
+
+
 CONFIGS: dict[str, Callable[..., Any]] = {
     "gpt2": _gpt2,
     "neox": _neox,
@@ -74,12 +87,18 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "opt": _opt,
     "bloom": _bloom,
 }
+FURTHER: dict[str, Callable[..., Any]] = {
+    "gemma": _modern(transformers.GemmaConfig),
+    "mistral": _modern(transformers.MistralConfig),
+    "phi": _phi,
+    "gptj": _gptj,
+}
 
 
 def save(architecture: str, folder: Path, tokenizer: Any, *, seed: int = 0) -> Path:
-    """Save a random model of `architecture` (a key of `CONFIGS`) and the tokenizer in `folder`; returns the folder."""
+    """Save a random model of `architecture` (a key of `CONFIGS` or `FURTHER`) and the tokenizer in `folder`; returns it."""
     bos = tokenizer.bos_token_id
-    config = CONFIGS[architecture](vocab_size=len(tokenizer), bos_token_id=bos, eos_token_id=bos)
+    config = (CONFIGS | FURTHER)[architecture](vocab_size=len(tokenizer), bos_token_id=bos, eos_token_id=bos)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config)

@@ -39,7 +39,7 @@ def results(finished):
 def test_the_default_run_leaves_pictures_numbers_and_table(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {"results.json", "heads.csv", "mosaic.png", "thresholds.png", "budget.png", "precision_recall.png",
-                     "effects.png", "ablation.png",
+                     "effects.png", "ablation.png", "report.html",
                      *(f"attention_{number:02d}.png" for number in range(1, 5))}  # fmt: skip
     for path in finished.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")

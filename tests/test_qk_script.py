@@ -60,7 +60,7 @@ def test_the_default_run_leaves_pictures_numbers_and_table(finished, results):
     stems = ("scores", "patterns", f"head_{at}", f"decomposition_{at}")
     pictures = {f"{stem}_{text}.png" for stem in stems for text in texts} | {f"circuits_{at}.png", "composition.png"}
     pictures |= {f"parts_{at}.png", f"paths_{at}.png"}
-    other = {"results.json", "terms.csv", *(f"qk_{text}.safetensors" for text in texts)}
+    other = {"results.json", "terms.csv", "report.html", *(f"qk_{text}.safetensors" for text in texts)}
     assert {path.name for path in finished.iterdir()} == pictures | other == set(results["files"])
     for path in finished.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
