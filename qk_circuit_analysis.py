@@ -176,14 +176,9 @@ def decompose(
 
 
 def weigh(
-    folder: Path,
-    model: Model,
-    chosen: Chosen,
-    previous_token: Floats,
-    args: argparse.Namespace,
-    text: str,
+    folder: Path, model: Model, chosen: Chosen, previous_token: Floats, args: argparse.Namespace, text: str,
     tokens: Ints,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """What the weights say: which earlier heads the layer reads, and what its leading head makes of a text."""
     from common import circuits
 
@@ -222,7 +217,7 @@ def intervene(
         return None
     done = qk_interventions.experiment(laboratory, earlier, report.progress)
     for reason in sorted(set(done.refused.values())):
-        report.say(f"warning: {reason}")
+        report.warn(reason)
     if not args.no_plots:
         from common import effect_plots, qk_plots
 
@@ -231,8 +226,7 @@ def intervene(
 
 
 def print_summary(results: dict[str, Any], richest: int, leading: str, out: Path) -> None:
-    """The largest terms on the text with most induction cells, the self-check, the composed pair, what interventions
-    on the leading head did, the files."""
+    """The largest terms on the richest text, the self-check, the composed pair, interventions on a head, the files."""
     from common import qk_tables
 
     for one in (one for one in results["decomposition"] if one["text"] == richest and one["terms"]):

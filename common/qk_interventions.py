@@ -55,7 +55,6 @@ KINDS = ("uniform", "pattern", "query", "key", "values", "forbid", "mean")
 THROUGH = " through MLPs"
 PATHS = {f"path to {word}{way}": (part, bool(way)) for way in ("", THROUGH) for part, word in PARTS.items()}
 WHOLE = "whole sender"
-LOSSES = ("loss_at_repeats", "loss_at_fresh", "loss_difference")
 PATH_METRICS = ("prefix_matching", "loss_at_repeats")
 
 Intervene = Callable[[Sequence[Head]], Intervention]
@@ -129,7 +128,7 @@ class Laboratory:
         return (time.monotonic() - started) * self.runs
 
     def measure(self, intervention: Intervention | None, head: Head) -> dict[str, Floats]:
-        """The head's prefix matching, and the losses of `LOSSES`, each per row [rows], under the intervention."""
+        """The head's prefix matching, and the losses (`RowMetrics.losses`), each per row [rows], under intervention."""
         own = prefix_matching(self.model, self.batch, head, intervention, batch_size=self.batch_size)
         return {"prefix_matching": own, **self._metrics.losses(intervention)}
 

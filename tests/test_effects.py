@@ -101,11 +101,16 @@ def test_row_metrics_by_hand(random_gpt2, drawn):
 @pytest.mark.parametrize("intervene", [None, interventions.uniform], ids=["clean", "uniform below"])
 def test_a_heads_own_prefix_matching_is_the_score_of_it(random_gpt2, drawn, intervene):
     intervention = intervene([(0, 1), (0, 2)]) if intervene else None
-    with applied(random_gpt2, intervention):
-        measured = scores.score(random_gpt2, drawn.repeats, batch_size=3).row_means("prefix_matching")
-    for head in ((0, 1), (2, 3)):
-        own = effects.prefix_matching(random_gpt2, drawn.repeats, head, intervention, batch_size=2)
-        assert own == pytest.approx(measured[:, head[0], head[1]], abs=1e-6)
+    cells = drawn.repeats.cells["prefix_matching"]
+    with applied(random_gpt2, intervention), torch.no_grad():
+        cache = random_gpt2.bridge.run_with_cache(torch.from_numpy(drawn.repeats.tokens))[1]
+    for layer, head in ((0, 1), (2, 3)):
+        pattern = cache[f"blocks.{layer}.attn.hook_pattern"][:, head]
+        own = effects.prefix_matching(random_gpt2, drawn.repeats, (layer, head), intervention, batch_size=2)
+        for row in range(3):
+            at = [(query, key) for r, query, key in zip(cells.row, cells.query, cells.key, strict=True) if r == row]
+            paid = sum(pattern[row, query, key].item() for query, key in at)
+            assert own[row] == pytest.approx(paid / len({query for query, _ in at}), abs=1e-6)
 
 
 def test_needed_is_the_rise_of_the_loss_when_a_heads_cells_are_forbidden(random_gpt2, drawn):

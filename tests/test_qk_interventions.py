@@ -12,7 +12,7 @@ import pytest
 from common import effects, interventions, models, qk, qk_tables
 from common import qk_interventions as qki
 from common.chosen import Chosen
-from common.edits import Recordings
+from common.edits import Edit, Recordings, ValueEdit
 from common.errors import UserError
 from common.sequences import TokenBatch, battery, continuing
 from tests import architectures
@@ -129,6 +129,16 @@ def test_paths_of_one_layer_below_none_are_not_walked(built):
 
 
 # --- against slow ways ---
+
+
+def test_each_kind_replaces_what_it_is_named_for(random_gpt2):
+    """On the induction head query and key break the same thing: here they are told apart."""
+    lab = laboratory(random_gpt2, (1, 2))
+    points = {kind: {(edit.point, type(edit)) for edit in lab.kinds[kind]([(1, 2)]).edits} for kind in qki.KINDS}
+    assert points == {
+        "uniform": {("pattern", Edit)}, "pattern": {("pattern", Edit)}, "forbid": {("pattern", Edit)},
+        "query": {("q", Edit)}, "key": {("k", Edit)}, "values": {("z", ValueEdit)}, "mean": {("z", Edit)},
+    }  # fmt: skip
 
 
 def test_effects_are_those_of_the_losses_and_the_pattern(random_gpt2):
