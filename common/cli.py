@@ -211,7 +211,7 @@ def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, pr
     if args.debug:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("common").setLevel(logging.INFO)
-    report.LOG.setLevel(args.level)
+    report.LOG.setLevel(getattr(args, "level", logging.INFO))  # the benchmarks have no such flag
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows few characters gets escapes for the others
             stream.reconfigure(errors="backslashreplace")
