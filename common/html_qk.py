@@ -53,6 +53,6 @@ def _sentence(head: str, found: Decomposition) -> str:
     """What was decomposed, and its largest term."""
     query, key, value = found.top(1)[0]
     return (
-        f"Head {head} scores {len(found.cells)} {found.kind} higher than the other tokens in sight by "
+        f"Head {head} on its {found.kind} ({len(found.cells)}): ahead of the other tokens in sight by "
         f"{found.lead:.2f} on average; the largest part, {value:.2f}, is {query} as a query meeting {key} as a key."
     )

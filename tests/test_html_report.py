@@ -41,7 +41,9 @@ def first(tmp_path_factory):
 @pytest.fixture(scope="module")
 def second(tmp_path_factory):
     out = tmp_path_factory.mktemp("second") / "out"
-    assert qk_circuit_analysis.main(["--model", "mini", "--out", str(out), "--text", REPEATS]) == 0
+    assert (
+        qk_circuit_analysis.main(["--model", "mini", "--out", str(out), "--no-interventions", "--text", REPEATS]) == 0
+    )
     return out
 
 
@@ -190,9 +192,9 @@ def test_the_figures_are_what_plotly_knows(results, second):
 def test_no_plots_leaves_the_page_out(tmp_path, first, second, results):
     assert "report.html" in results["files"]
     assert "report.html" in json.loads((second / "results.json").read_text())["files"]
-    for script in (induction_head_detection, qk_circuit_analysis):
-        out, quick = tmp_path / script.PROGRAM, ["--no-ablate"] if script is induction_head_detection else []
-        assert script.main(["--model", "mini", "--no-plots", "--text", "a b a b", "--out", str(out), *quick]) == 0
+    for script, quick in ((induction_head_detection, "--no-ablate"), (qk_circuit_analysis, "--no-interventions")):
+        out = tmp_path / script.PROGRAM
+        assert script.main(["--model", "mini", "--no-plots", quick, "--text", "a b a b", "--out", str(out)]) == 0
         assert "report.html" not in {path.name for path in out.iterdir()}
 
 
