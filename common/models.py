@@ -361,7 +361,8 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _self_check(model: Model) -> None:
-    """Raise UserError unless every layer shows a causal pattern whose rows sum to 1."""
+    """Raise UserError unless every layer shows a causal pattern whose rows sum to 1, and all weights and the logits are
+    finite."""
     ordinary = model.ordinary()
     tokens = np.concatenate([[model.bos], ordinary[np.linspace(0, len(ordinary) - 1, 7).astype(int)]])
     shown: dict[int, str | None] = {}
@@ -374,6 +375,14 @@ def _self_check(model: Model) -> None:
     for layer, complaint in shown.items():
         if complaint:
             raise UserError(f"'{model.name}' fails the self-check in layer {layer}: {complaint}")
+    with torch.inference_mode():
+        inputs = torch.from_numpy(tokens[None, : model.context]).to(model.bridge.cfg.device)
+        finite = torch.isfinite(model.bridge.original_model(inputs, use_cache=False).logits).all()
+    weights = model.bridge.original_model.named_parameters()
+    damaged = next((name for name, weight in weights if not torch.isfinite(weight).all()), None)
+    if damaged or not finite:
+        where = f"its weights {damaged} are" if damaged else "its logits are"
+        raise UserError(f"'{model.name}' fails the self-check: {where} NaN or infinite")
 
 
 def _complaint(pattern: torch.Tensor) -> str | None:
