@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import secrets
 import shutil
@@ -91,13 +93,17 @@ def _read(path: Path) -> tuple[Any, Any]:
     options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.float32, output_loading_info=True, **options
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar for every tensor
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.float32, output_loading_info=True, **options
+            )
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"transformers cannot read the GGUF file {path}: {lines[0][:200]}") from error
     if loaded["missing_keys"]:
         raise UserError(f"the GGUF file {path} lacks weights, such as {sorted(loaded['missing_keys'])[0]}")
     model.config.architectures = [type(model).__name__]
+    model.hf_quantizer = None  # the weights are plain float32 now, and can be saved as such
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     return model, tokenizer

@@ -375,7 +375,8 @@ def _fingerprint(folder: Path) -> str:
 def _self_checked(model: Model) -> Model:
     """The model, without its trunk where that shows other patterns than the bridge.
 
-    Raises UserError unless every layer shows a causal pattern whose rows sum to 1.
+    Raises UserError unless every layer shows a causal pattern whose rows sum to 1, and all weights and the logits are
+    finite.
     """
     ordinary = model.ordinary()
     tokens = np.concatenate([[model.bos], ordinary[np.linspace(0, len(ordinary) - 1, 7).astype(int)]])
@@ -388,7 +389,21 @@ def _self_checked(model: Model) -> Model:
     for layer, pattern in shown.items():
         if complaint := _complaint(pattern):
             raise UserError(f"'{model.name}' fails the self-check in layer {layer}: {complaint}")
+    _check_finite(model, tokens)
     return model if _trunk_agrees(model, tokens, shown) else replace(model, trunk=None)
+
+
+def _check_finite(model: Model, tokens: NDArray[np.int64]) -> None:
+    """Raise UserError unless all weights, and the logits of [batch, pos] ids, are finite."""
+    weights = model.bridge.original_model.named_parameters()
+    damaged = next((name for name, weight in weights if not torch.isfinite(weight).all()), None)
+    if damaged:
+        raise UserError(f"'{model.name}' fails the self-check: its weights {damaged} are NaN or infinite")
+    with torch.inference_mode():
+        inputs = torch.from_numpy(tokens).to(model.device)
+        logits = model.bridge.original_model(inputs, use_cache=False).logits
+    if not torch.isfinite(logits).all():
+        raise UserError(f"'{model.name}' fails the self-check: its logits are NaN or infinite")
 
 
 def _trunk_agrees(model: Model, tokens: NDArray[np.int64], patterns: dict[int, torch.Tensor]) -> bool:

@@ -366,7 +366,7 @@ def test_damaged_files_load_or_are_refused(damaged, name, start, length, new, cu
 @given(
     key=st.sampled_from(["n_layer", "n_head", "n_embd", "vocab_size", "n_positions", "model_type", "architectures",
                          "activation_function", "bos_token_id", "layer_norm_epsilon", "scale_attn_weights", "n_inner"]),
-    value=JSON | st.integers(-3, 64),
+    value=st.none() | st.booleans() | st.text(max_size=5) | st.lists(st.integers(0, 3), max_size=2) | st.integers(-3, 64),
 )  # fmt: skip
 def test_configurations_with_wrong_values_load_or_are_refused(damaged, key, value):
     folder, files = damaged
