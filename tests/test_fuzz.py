@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -26,7 +26,7 @@ from common import cli, escapes, folders, labels, models, plots, report, sequenc
 from common.errors import UserError
 from tests.conftest import roughen, save_random_gpt2
 
-ANY = settings(suppress_health_check=list(HealthCheck))
+ANY = settings(suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate))
 
 
 def cases(count: int) -> settings:
@@ -405,3 +405,27 @@ def test_weights_that_lack_a_tensor_are_not_made_up(tmp_path, random_gpt2_folder
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="1 are missing, such as transformer.h.1.attn.c_attn.weight"):
         models.load(str(folder))
+
+
+def test_a_text_that_is_no_unicode_is_said(mini):
+    with pytest.raises(UserError, match=r"'caf\\udce9' is not UTF-8 \(character 3\)"):
+        mini.encode("caf\udce9")
+
+
+def test_an_empty_text_is_bos_alone(mini):
+    assert mini.encode("").tolist() == [mini.bos]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_behind_the_last_pattern_are_looked_at(tmp_path, random_gpt2_folder, value):
+    folder = shutil.copytree(random_gpt2_folder, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.h.2.mlp.c_proj.bias"][3] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="h.2.mlp.*NaN or infinite"):
+        models.load(str(folder))
+
+
+@pytest.mark.parametrize("option", ["text", "model", "out", "labels"])
+def test_two_dashes_are_no_value(option, capsys):
+    assert judge(detection.main, [f"--{option}=--"], capsys) == 2
