@@ -268,8 +268,8 @@ def _ask_hub(repository: str, name: str) -> None:
     if isinstance(problem, RepositoryNotFoundError):
         raise UserError(f"the hub has no model '{name}'{_nearest(name)}; --model mini is bundled")
     raise UserError(
-        f"'{name}' is no folder and not in the local Hugging Face cache, and the hub cannot be reached{_nearest(name)}: "
-        f"use --model mini, or run `hf download {repository}` where there is a network and copy the cache folder over "
+        f"'{name}' is no folder and not in the local Hugging Face cache, and the hub cannot be reached"
+        f"{_nearest(name)}: use --model mini, or run `hf download {repository}` where there is a network and copy the cache folder over "
         "(HF_HOME names it)"
     )
 
@@ -392,6 +392,7 @@ def _self_check(model: Model) -> None:
     weights = model.bridge.original_model.named_parameters()
     damaged = next((name for name, weight in weights if not torch.isfinite(weight).all()), None)
     if damaged or not finite:
+        damaged = damaged and damaged.replace("_original_component.", "")  # as the file calls it
         where = f"its weights {damaged} are" if damaged else "its logits are"
         raise UserError(f"'{model.name}' fails the self-check: {where} NaN or infinite")
 

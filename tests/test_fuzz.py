@@ -1,6 +1,7 @@
 """Whatever is typed, stored or damaged ends in a result or in one clear line and exit code 2.
 
-The seeds are fixed (`derandomize`), so a failure here repeats. What fuzzing found has a test of its own at the end.
+About 3,000 cases. The seeds are fixed (`derandomize`), so a failure here repeats; cases are not shrunk, which would take
+minutes where a case runs a script. What fuzzing found has a test of its own at the end.
 """
 
 from __future__ import annotations
@@ -251,7 +252,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@cases(150)
+@cases(300)
 @given(which=st.integers(0, 1), written=st.lists(ARGUMENT, min_size=1, max_size=3), options=OPTIONS)
 @example(which=1, written=["a b c d a b c d a b c"], options={})  # as long as the context
 @example(which=1, written=["a b c d a b c d a b c d"], options={})  # one longer
@@ -261,7 +262,7 @@ def test_any_texts_through_the_first_script(kept, scratch, capsys, which, writte
     run_on_any_texts(detection.main, kept[which], scratch / "detection", written, options, ["--no-ablate"], capsys)
 
 
-@cases(100)
+@cases(200)
 @given(
     which=st.integers(0, 1), written=st.lists(ARGUMENT, min_size=1, max_size=2), options=OPTIONS,
     layer=st.sampled_from(["auto", "0", "1", "7"]), head=st.sampled_from(["auto", "all", "0", "9"]),
@@ -271,7 +272,7 @@ def test_any_texts_through_the_second_script(kept, scratch, capsys, which, writt
     run_on_any_texts(analysis.main, kept[which], scratch / "analysis", written, options, further, capsys)
 
 
-@cases(6)
+@cases(2)
 @given(written=st.lists(ARGUMENT, min_size=2, max_size=2))
 @example(written=["中文 $x_1$ \\frac 中文 $x_1$ 😀", "שלום \x1b[31m שלום"])
 @pytest.mark.filterwarnings("error")
