@@ -216,6 +216,7 @@ def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, pr
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows few characters gets escapes for the others
             stream.reconfigure(errors="backslashreplace")
     try:
+        _check_values(args)
         work(args)
         sys.stdout.flush()
         return 0
@@ -231,6 +232,13 @@ def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, pr
         if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
             raise
         return _failed(program, "out of memory: a smaller --batch-size or shorter texts need less", args.debug)
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    """Raise UserError for an option given as `--option=--`, of which argparse makes an empty list."""
+    for name, value in vars(args).items():
+        if isinstance(value, list) and (not value or [] in value):
+            raise UserError(f"'--' is no value for --{name.replace('_', '-')}")
 
 
 def _failed(program: str, message: str, debug: bool) -> int:

@@ -68,7 +68,18 @@ class Model:
         return torch.device(self.bridge.cfg.device)
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """BOS and the token ids of `text`, [pos]; special tokens written out in the text stay text."""
+        """BOS and the token ids of `text`, [pos]; special tokens written out in the text stay text.
+
+        Raises UserError for a text that is no Unicode, as arguments in another encoding than UTF-8 come in.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text {text[:40]!r} is not UTF-8 (character {error.start}): give it as UTF-8"
+            ) from None
+        if not text:
+            return np.array([self.bos], dtype=np.int64)
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         return np.array([self.bos, *ids], dtype=np.int64)
 
@@ -398,6 +409,7 @@ def _check_finite(model: Model, tokens: NDArray[np.int64]) -> None:
     weights = model.bridge.original_model.named_parameters()
     damaged = next((name for name, weight in weights if not torch.isfinite(weight).all()), None)
     if damaged:
+        damaged = damaged.replace("_original_component.", "")  # as the file calls it
         raise UserError(f"'{model.name}' fails the self-check: its weights {damaged} are NaN or infinite")
     with torch.inference_mode():
         inputs = torch.from_numpy(tokens).to(model.device)

@@ -96,7 +96,10 @@ FURTHER: dict[str, Callable[..., Any]] = {
 
 
 def save(architecture: str, folder: Path, tokenizer: Any, *, seed: int = 0) -> Path:
-    """Save a random model of `architecture`, a key of `CONFIGS` or `FURTHER`, and the tokenizer; returns `folder`."""
+    """Save a random model of `architecture` (a key of `CONFIGS` or `FURTHER`) and the tokenizer in `folder`.
+
+    Returns the folder.
+    """
     bos = tokenizer.bos_token_id
     config = (CONFIGS | FURTHER)[architecture](vocab_size=len(tokenizer), bos_token_id=bos, eos_token_id=bos)
     with torch.random.fork_rng():

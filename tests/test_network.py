@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -67,27 +68,67 @@ def test_hf_hub_offline_is_honoured(cache, no_sockets):  # noqa: F811
 
 
 @pytest.mark.parametrize("script", ["induction_head_detection.py", "qk_circuit_analysis.py"])
-def test_a_run_says_what_it_does_and_nothing_else(script, tmp_path):
-    """No warning of another package reaches the terminal, with all warnings on; the table comes with --quiet too."""
-    command = [
-        sys.executable,
-        "-W",
-        "default",
-        str(ROOT / script),
-        "--model",
-        "mini",
-        "--text",
-        "a b c a 中 $ \\ a 中 $",
-    ]
+def test_a_run_says_what_it_does_and_nothing_else(script, tmp_path, random_gpt2_folder):
+    """No warning of another package reaches the terminal, with all warnings on."""
+    command = [sys.executable, "-W", "default", str(ROOT / script), "--model", str(random_gpt2_folder)]
+    command += ["--text", "a b c a 中 $ \\ a 中 $", "--out", str(tmp_path / "o")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    said = {}
-    for flags in ((), ("--quiet",)):
-        done = subprocess.run(
-            [*command, "--out", str(tmp_path / "o"), *flags], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stderr
-        said[flags] = done
-    lines = said[()].stderr.splitlines()
-    assert lines and all(line.startswith(("loading", "model:", "layer")) for line in lines)
-    assert said["--quiet",].stderr == ""
-    assert said["--quiet",].stdout.replace("\n", "") and "Written to" in said["--quiet",].stdout
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines and all(line.startswith(("loading", "model:", "layer")) for line in lines), lines
+
+
+@pytest.mark.parametrize("main", [detection.main, analysis.main])
+def test_quiet_says_nothing_but_the_result_and_verbose_says_more(main, tmp_path, random_gpt2_folder, capfd):
+    lines = {}
+    for flag in ("--quiet", "--debug", "--verbose"):
+        capfd.readouterr()
+        arguments = [
+            "--model",
+            str(random_gpt2_folder),
+            "--no-plots",
+            "--text",
+            "a b a b",
+            "--out",
+            str(tmp_path / "o"),
+        ]
+        assert main([*arguments, flag]) == 0
+        said = capfd.readouterr()
+        assert "Written to" in said.out
+        lines[flag] = len(said.err.splitlines())
+    assert lines["--quiet"] == 0 < lines["--debug"] < lines["--verbose"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggested"),
+    [
+        (["--thresold", "0.4"], "did you mean --threshold?"),
+        (["--model", "gpt2-smal"], "did you mean gpt2-small"),
+        (["--model", "EleutherAI/pythia70m"], "EleutherAI/pythia-70m"),
+        (["--model", "./nowhere"], "there is no folder ./nowhere"),
+    ],
+)
+def test_errors_suggest_what_is_nearest(arguments, suggested, capsys, cache):  # noqa: F811
+    try:
+        code = detection.main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("loading")]
+    assert code == 2 and len(error) == 1 and suggested in error[0]
+
+
+@pytest.mark.parametrize("main", [detection.main, analysis.main])
+def test_help_shows_three_examples(main, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert said.count("\n    python ") == 3 and "--quiet" in said
+
+
+def test_a_layer_or_head_out_of_range_says_the_range(tmp_path, capsys, random_gpt2_folder):
+    arguments = ["--model", str(random_gpt2_folder), "--no-plots", "--text", "a b a b", "--out", str(tmp_path / "o")]
+    for flags, said in ((["--layer", "9"], "3 layers|0 to 2"), (["--layer", "1", "--head", "9"], "4 heads|0 to 3")):
+        assert analysis.main([*arguments, *flags]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(said, error), error
