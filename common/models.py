@@ -269,8 +269,8 @@ def _ask_hub(repository: str, name: str) -> None:
         raise UserError(f"the hub has no model '{name}'{_nearest(name)}; --model mini is bundled")
     raise UserError(
         f"'{name}' is no folder and not in the local Hugging Face cache, and the hub cannot be reached"
-        f"{_nearest(name)}: use --model mini, or run `hf download {repository}` where there is a network and copy the cache folder over "
-        "(HF_HOME names it)"
+        f"{_nearest(name)}: use --model mini, or run `hf download {repository}` where there is a network and copy the "
+        "cache folder over (HF_HOME names it)"
     )
 
 

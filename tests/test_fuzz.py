@@ -1,7 +1,7 @@
 """Whatever is typed, stored or damaged ends in a result or in one clear line and exit code 2.
 
-About 3,000 cases. The seeds are fixed (`derandomize`), so a failure here repeats; cases are not shrunk, which would take
-minutes where a case runs a script. What fuzzing found has a test of its own at the end.
+About 3,000 cases. The seeds are fixed (`derandomize`), so a failure here repeats; cases are not shrunk, which would
+take minutes where a case runs a script. What fuzzing found has a test of its own at the end.
 """
 
 from __future__ import annotations
