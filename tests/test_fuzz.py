@@ -34,7 +34,8 @@ def cases(count: int) -> settings:
     return settings(ANY, max_examples=count)
 
 
-ODD = ["", " ", "   ", "\n", "\x00", "\x1b[31mred", "😀", "שלום עולם", "\u202egnihtemos", "\udc80\udcff", "a" * 10_000,
+ODD = [
+       "", " ", "   ", "\n", "\x00", "\x1b[31mred", "😀", "שלום עולם", "\u202egnihtemos", "\udc80\udcff", "a" * 10_000,
        "$x_1$", "\\frac{", "_" * 50, "<b>&amp;", "../../etc/passwd", "%s{}", "-", "--", "\ufeff", "e\u0301" * 9]  # fmt: skip
 CHARS = st.characters(codec=None)  # lone surrogates too, which is how arguments that are no UTF-8 come in
 TEXT = st.one_of(st.text(CHARS, max_size=40), st.sampled_from(ODD), st.text("ab ", max_size=30))
@@ -66,8 +67,11 @@ def test_text_in_a_picture_has_a_glyph_for_every_character(text):
     assert len(plots.legible(text, 24)) <= 24
 
 
+PARSERS = (cli.threshold, cli.positive, cli.whole_number, cli.number_or("auto", "all"))
+
+
 @cases(300)
-@given(st.sampled_from([cli.threshold, cli.positive, cli.whole_number, cli.number_or("auto", "all")]), TEXT | st.from_regex(
+@given(st.sampled_from(PARSERS), TEXT | st.from_regex(
     r"-?\d{1,25}(\.\d*)?(e\d+)?", fullmatch=True) | st.sampled_from(["nan", "inf", "-0", "1e400", "²", "٣", "auto"]))  # fmt: skip
 def test_numbers_are_read_or_refused(parse, text):
     try:
