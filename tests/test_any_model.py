@@ -58,7 +58,7 @@ def test_total_effect_is_the_slope_of_taking_the_attention_away(folder, family):
     measured = attribution.total_effect(model, rows, batch_size=2)
     for head in ((0, 1), (1, 0), (2, 3)):
         slope = (whole - bench.measure(taken_away(clean, head, rows, share), metric)["logit"]) / share
-        assert measured[:, *head] == pytest.approx(reads.row_means(slope, 2), rel=0.05, abs=2e-3)
+        assert measured[:, head[0], head[1]] == pytest.approx(reads.row_means(slope, 2), rel=0.05, abs=2e-3)
     assert np.abs(measured).max() > 0.01
 
 
