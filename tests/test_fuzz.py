@@ -1,8 +1,10 @@
 """Whatever is typed, stored or damaged ends in a result or in one clear line and exit code 2.
 
-About 3,000 cases. The seeds are fixed (`derandomize`), so a failure here repeats; cases are not shrunk, which would take
-minutes where a case runs a script. What fuzzing found has a test of its own at the end.
+About 3,000 cases. The seeds are fixed (`derandomize`), so a failure here repeats; cases are not shrunk, which would
+take minutes where a case runs a script. What fuzzing found has a test of its own at the end.
 """
+
+# ruff: noqa: PT017 (either outcome is right: a result, or an error that says something)
 
 from __future__ import annotations
 
@@ -34,8 +36,29 @@ def cases(count: int) -> settings:
     return settings(ANY, max_examples=count)
 
 
-ODD = ["", " ", "   ", "\n", "\x00", "\x1b[31mred", "😀", "שלום עולם", "\u202egnihtemos", "\udc80\udcff", "a" * 10_000,
-       "$x_1$", "\\frac{", "_" * 50, "<b>&amp;", "../../etc/passwd", "%s{}", "-", "--", "\ufeff", "e\u0301" * 9]  # fmt: skip
+ODD = [
+    "",
+    " ",
+    "   ",
+    "\n",
+    "\x00",
+    "\x1b[31mred",
+    "😀",
+    "שלום עולם",
+    "\u202egnihtemos",
+    "\udc80\udcff",
+    "a" * 10_000,
+    "$x_1$",
+    "\\frac{",
+    "_" * 50,
+    "<b>&amp;",
+    "../../etc/passwd",
+    "%s{}",
+    "-",
+    "--",
+    "\ufeff",
+    "e\u0301" * 9,
+]
 CHARS = st.characters(codec=None)  # lone surrogates too, which is how arguments that are no UTF-8 come in
 TEXT = st.one_of(st.text(CHARS, max_size=40), st.sampled_from(ODD), st.text("ab ", max_size=30))
 ARGUMENT = TEXT.filter(lambda text: "\x00" not in text)  # no system passes a zero byte on
@@ -66,9 +89,16 @@ def test_text_in_a_picture_has_a_glyph_for_every_character(text):
     assert len(plots.legible(text, 24)) <= 24
 
 
+PARSERS = (cli.threshold, cli.positive, cli.whole_number, cli.number_or("auto", "all"))
+
+
 @cases(300)
-@given(st.sampled_from([cli.threshold, cli.positive, cli.whole_number, cli.number_or("auto", "all")]), TEXT | st.from_regex(
-    r"-?\d{1,25}(\.\d*)?(e\d+)?", fullmatch=True) | st.sampled_from(["nan", "inf", "-0", "1e400", "²", "٣", "auto"]))  # fmt: skip
+@given(
+    st.sampled_from(PARSERS),
+    TEXT
+    | st.from_regex(r"-?\d{1,25}(\.\d*)?(e\d+)?", fullmatch=True)
+    | st.sampled_from(["nan", "inf", "-0", "1e400", "²", "٣", "auto"]),
+)
 def test_numbers_are_read_or_refused(parse, text):
     try:
         value = parse(text)
@@ -84,8 +114,12 @@ def labels_file(tmp_path_factory):
 
 
 @cases(250)
-@given(content=JSON.map(json.dumps) | JSON.map(lambda heads: json.dumps({"induction_heads": heads})) | st.lists(
-    JSON).map(lambda heads: json.dumps({"induction_heads": heads})) | st.binary(max_size=30))  # fmt: skip
+@given(
+    content=JSON.map(json.dumps)
+    | JSON.map(lambda heads: json.dumps({"induction_heads": heads}))
+    | st.lists(JSON).map(lambda heads: json.dumps({"induction_heads": heads}))
+    | st.binary(max_size=30)
+)
 @example(content=b"\xff\xfe")
 @example(content="[" * 100_000)
 @example(content='{"induction_heads": ["0.0"], "source": {"a": "\\u001b[31m"}}')
@@ -164,8 +198,26 @@ def test_any_model_name_is_found_or_refused_in_one_line(tmp_path_factory, name):
     assert name in ("auto", "mini") or folder.is_dir()
 
 
-WORDS = st.sampled_from(["--model", "--text", "--out", "--layer", "--head", "--seed", "--threshold", "--labels", "--no-plots",
-                         "--dtype", "--batch-size", "--quiet", "--verbose", "--ablate", "--export", "--debug"])  # fmt: skip
+WORDS = st.sampled_from(
+    [
+        "--model",
+        "--text",
+        "--out",
+        "--layer",
+        "--head",
+        "--seed",
+        "--threshold",
+        "--labels",
+        "--no-plots",
+        "--dtype",
+        "--batch-size",
+        "--quiet",
+        "--verbose",
+        "--ablate",
+        "--export",
+        "--debug",
+    ]
+)
 
 
 @cases(250)
@@ -203,8 +255,16 @@ def word_tokenizer(folder: Path, words: int) -> PreTrainedTokenizerFast:
 def save_small(folder: Path, *, layers: int, heads: int, context: int, words: int) -> Path:
     torch.manual_seed(0)
     size = word_tokenizer(folder, words)
-    config = GPT2Config(vocab_size=size, n_positions=context, n_embd=4 * heads, n_layer=layers, n_head=heads,
-                        initializer_range=0.5, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    config = GPT2Config(
+        vocab_size=size,
+        n_positions=context,
+        n_embd=4 * heads,
+        n_layer=layers,
+        n_head=heads,
+        initializer_range=0.5,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     roughen(GPT2LMHeadModel(config)).save_pretrained(folder)
     return folder
 
@@ -264,9 +324,12 @@ def test_any_texts_through_the_first_script(kept, scratch, capsys, which, writte
 
 @cases(200)
 @given(
-    which=st.integers(0, 1), written=st.lists(ARGUMENT, min_size=1, max_size=2), options=OPTIONS,
-    layer=st.sampled_from(["auto", "0", "1", "7"]), head=st.sampled_from(["auto", "all", "0", "9"]),
-)  # fmt: skip
+    which=st.integers(0, 1),
+    written=st.lists(ARGUMENT, min_size=1, max_size=2),
+    options=OPTIONS,
+    layer=st.sampled_from(["auto", "0", "1", "7"]),
+    head=st.sampled_from(["auto", "all", "0", "9"]),
+)
 def test_any_texts_through_the_second_script(kept, scratch, capsys, which, written, options, layer, head):
     further = ["--layer", layer, "--head", head]
     run_on_any_texts(analysis.main, kept[which], scratch / "analysis", written, options, further, capsys)
@@ -317,10 +380,21 @@ def test_any_tokens_are_scored(kept, tokens, seed):
 # --- models of all sizes, and damaged ones ---
 
 
-@pytest.mark.parametrize(("layers", "heads", "context", "words"), [
-    (1, 1, 8, 2), (1, 1, 9, 3), (2, 1, 12, 2), (1, 3, 12, 4), (1, 8, 8, 5), (1, 2, 7, 5), (1, 2, 2, 5), (1, 2, 1, 5),
-    (1, 2, 12, 1), (2, 2, 300, 26),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layers", "heads", "context", "words"),
+    [
+        (1, 1, 8, 2),
+        (1, 1, 9, 3),
+        (2, 1, 12, 2),
+        (1, 3, 12, 4),
+        (1, 8, 8, 5),
+        (1, 2, 7, 5),
+        (1, 2, 2, 5),
+        (1, 2, 1, 5),
+        (1, 2, 12, 1),
+        (2, 2, 300, 26),
+    ],
+)
 @pytest.mark.parametrize("main", [detection.main, analysis.main])
 def test_models_of_one_layer_one_head_few_words_and_short_contexts(
     tmp_path, capsys, main, layers, heads, context, words
@@ -351,8 +425,11 @@ def load_damaged(folder: Path) -> None:
 @cases(80)
 @given(
     name=st.sampled_from(["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"]),
-    start=st.floats(0, 1), length=st.integers(0, 12), new=st.binary(max_size=12), cut=st.booleans(),
-)  # fmt: skip
+    start=st.floats(0, 1),
+    length=st.integers(0, 12),
+    new=st.binary(max_size=12),
+    cut=st.booleans(),
+)
 def test_damaged_files_load_or_are_refused(damaged, name, start, length, new, cut):
     folder, files = damaged
     for other, content in files.items():
@@ -365,10 +442,28 @@ def test_damaged_files_load_or_are_refused(damaged, name, start, length, new, cu
 
 @cases(80)
 @given(
-    key=st.sampled_from(["n_layer", "n_head", "n_embd", "vocab_size", "n_positions", "model_type", "architectures",
-                         "activation_function", "bos_token_id", "layer_norm_epsilon", "scale_attn_weights", "n_inner"]),
-    value=st.none() | st.booleans() | st.text(max_size=5) | st.lists(st.integers(0, 3), max_size=2) | st.integers(-3, 64),
-)  # fmt: skip
+    key=st.sampled_from(
+        [
+            "n_layer",
+            "n_head",
+            "n_embd",
+            "vocab_size",
+            "n_positions",
+            "model_type",
+            "architectures",
+            "activation_function",
+            "bos_token_id",
+            "layer_norm_epsilon",
+            "scale_attn_weights",
+            "n_inner",
+        ]
+    ),
+    value=st.none()
+    | st.booleans()
+    | st.text(max_size=5)
+    | st.lists(st.integers(0, 3), max_size=2)
+    | st.integers(-3, 64),
+)
 def test_configurations_with_wrong_values_load_or_are_refused(damaged, key, value):
     folder, files = damaged
     for other, content in files.items():

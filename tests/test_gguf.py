@@ -44,7 +44,7 @@ def written(tmp_path, tokenizer, monkeypatch):
     tensors = {"token_embd": (len(vocabulary), WIDTH), "output": (len(vocabulary), WIDTH)}
     tensors |= {f"blk.0.attn_{part}": (WIDTH, WIDTH) for part in ("q", "k", "v", "output")}
     tensors |= {f"blk.0.ffn_{part}": (INNER, WIDTH) for part in ("gate", "up")} | {"blk.0.ffn_down": (WIDTH, INNER)}
-    tensors |= {name: (WIDTH,) for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")}
+    tensors |= dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (WIDTH,))
     for name, shape in tensors.items():
         writer.add_tensor(f"{name}.weight", random.standard_normal(shape).astype(np.float32) * 0.3)
     writer.write_header_to_file()
