@@ -64,10 +64,11 @@ def scatter(axes: Axes, heads: Sequence[dict[str, Any]], title: str) -> Axes:
     axes.set_yscale("symlog", linthresh=LEAST_EFFECT)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:+g}" if value else "0"))
     axes.axhspan(-LEAST_EFFECT, LEAST_EFFECT, color="0.95", zorder=0)
-    for place in np.argsort(-np.maximum(score, np.abs(effect)), kind="stable")[:MOST_NAMED]:
+    for rank, place in enumerate(np.argsort(-np.maximum(score, np.abs(effect)), kind="stable")[:MOST_NAMED]):
         if max(score[place], abs(effect[place])) >= LEAST_EFFECT:
             label = name(heads[place]["layer"], heads[place]["head"])
-            axes.annotate(label, (score[place], effect[place]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            aside = (6, -3) if rank % 2 else (-20, -3)  # neighbours in rank often stand close: one left, one right
+            axes.annotate(label, (score[place], effect[place]), xytext=aside, textcoords="offset points", fontsize=8)
     axes.set(
         xlabel="prefix matching (share of attention on the tokens after earlier copies)",
         ylabel="total effect on the correct token's logit (nats)",

@@ -208,7 +208,7 @@ def _find(name: str, say: Callable[[str], None]) -> tuple[Path, str, str]:
             f"{name} is a file: --model takes a model name, a folder in Hugging Face format, or a GGUF file"
         )
     if name.startswith(("/", "./", "../", "~")):
-        raise UserError(f"there is no folder {name}")
+        raise UserError(f"there is no folder {name}: give a folder in Hugging Face format, or use --model mini")
     return _named(name)
 
 
