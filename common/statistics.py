@@ -58,10 +58,6 @@ class RowSums:
             mean_square = np.tensordot(weights, self.squares, 1) / counts
         return mean, np.sqrt(np.maximum(mean_square - mean**2, 0.0))
 
-    def interval(self, seed: int = 0) -> tuple[Floats, Floats]:
-        """Lower and upper end of the mean's `LEVEL` bootstrap interval over rows, each [...]."""
-        return percentile_interval(self.resampled(bootstrap_weights(len(self.counts), seed))[0])
-
 
 def bootstrap_weights(rows: int, seed: int = 0) -> Floats:
     """How often each row is drawn in each of `RESAMPLES` resamples of `rows` rows, [resamples, rows]."""
