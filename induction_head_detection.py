@@ -65,17 +65,12 @@ def find_induction_heads(args: argparse.Namespace) -> None:
     """Load, score and decide, evaluate, look at the texts, report."""
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
-    report.say(f"loading --model {args.model} …")
-    from common import models, tables
+    from common import tables
     from common.detection import name
     from common.survey import copying, survey
     from common.texts import score_text
 
-    model = models.load(
-        args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code, say=report.say
-    )
-    report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
-    report.detail(f"it reads {model.context} tokens, BOS {model.bos} included; fingerprint {model.fingerprint}")
+    model = cli.load(args)
     encoded = cli.encode(model, texts)
     cli.choose_batch_size(args, model, encoded)
     labels = choose_labels(model, args)

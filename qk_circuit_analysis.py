@@ -63,14 +63,9 @@ def analyse_layer(args: argparse.Namespace) -> None:
     """Load, choose the layer, let its queries and keys meet on the texts, decompose, weigh, intervene, report."""
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
-    report.say(f"loading --model {args.model} …")
-    from common import models, qk, qk_tables
+    from common import qk, qk_tables
 
-    model = models.load(
-        args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code, say=report.say
-    )
-    report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
-    report.detail(f"it reads {model.context} tokens, BOS {model.bos} included; fingerprint {model.fingerprint}")
+    model = cli.load(args)
     args.layer = layer if args.layer is None else args.layer
     qk.check_exists(
         model, None if args.layer == "auto" else args.layer, None if args.head in ("auto", "all") else args.head

@@ -160,6 +160,18 @@ def chosen_texts(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
+def load(args: argparse.Namespace) -> Model:
+    """The model that `--model` names, said before and after. Raises UserError as `models.load` does."""
+    report.say(f"loading --model {args.model} …")
+    from common import models
+
+    options = {"device": args.device, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    model = models.load(args.model, **options, say=report.say)
+    report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
+    report.detail(f"it reads {model.context} tokens, BOS {model.bos} included; fingerprint {model.fingerprint}")
+    return model
+
+
 def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
     """Each text with its ids. Texts of fewer than two tokens are left out with a warning.
 
