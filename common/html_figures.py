@@ -110,7 +110,8 @@ def effects(heads: Sequence[Row]) -> Figure:
     wanted = ("prefix_matching", "total_effect", "copying")
     shown = [head for head in heads if all(head[key] is not None for key in wanted)]
     ranked = sorted(shown, key=lambda head: -max(head["prefix_matching"], abs(head["total_effect"])))
-    named = {name(head["layer"], head["head"]) for head in ranked[:MOST_NAMED]
+    sides = ("middle right", "middle left")  # neighbours in rank often stand close: one right, one left
+    named = {name(head["layer"], head["head"]): sides[rank % 2] for rank, head in enumerate(ranked[:MOST_NAMED])
              if max(head["prefix_matching"], abs(head["total_effect"])) >= LEAST_EFFECT}  # fmt: skip
     names = [name(head["layer"], head["head"]) for head in shown]
     shapes = [SYMBOLS[MARKERS.get(head["verdict"], "s")] for head in shown]
@@ -118,7 +119,8 @@ def effects(heads: Sequence[Row]) -> Figure:
     trace = {
         "type": "scatter", "mode": "markers+text", "hoverinfo": "text", "meta": {"names": names},
         "x": [head["prefix_matching"] for head in shown], "y": rise,
-        "text": [one if one in named else "" for one in names], "textposition": "top right",
+        "text": [one if one in named else "" for one in names],
+        "textposition": [named.get(one, sides[0]) for one in names],
         "hovertext": [described(head) for head in shown],
         "marker": {
             "symbol": shapes, "size": [7 if shape == "square" else 12 for shape in shapes],

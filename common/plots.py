@@ -176,7 +176,8 @@ def budget(axes: Axes, found: Detection, paid: Mapping[str, Floats], title: str)
     left = np.zeros(len(heads))
     for part, colour in PARTS.items():
         width = np.array([paid[part][head] for head in heads])
-        axes.barh(range(len(heads)), width, left=left, color=colour, edgecolor="white", linewidth=0.4, label=part)
+        shown = "BOS" if part == "bos" else part
+        axes.barh(range(len(heads)), width, left=left, color=colour, edgecolor="white", linewidth=0.4, label=shown)
         left += width
     verdicts = [
         name(*head) if found.verdict[head] == "none" else f"{found.verdict[head]}  {name(*head)}" for head in heads
