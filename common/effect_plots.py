@@ -64,11 +64,12 @@ def scatter(axes: Axes, heads: Sequence[dict[str, Any]], title: str) -> Axes:
     axes.set_yscale("symlog", linthresh=LEAST_EFFECT)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:+g}" if value else "0"))
     axes.axhspan(-LEAST_EFFECT, LEAST_EFFECT, color="0.95", zorder=0)
-    for rank, place in enumerate(np.argsort(-np.maximum(score, np.abs(effect)), kind="stable")[:MOST_NAMED]):
-        if max(score[place], abs(effect[place])) >= LEAST_EFFECT:
-            label = name(heads[place]["layer"], heads[place]["head"])
-            aside = (6, -3) if rank % 2 else (-20, -3)  # neighbours in rank often stand close: one left, one right
-            axes.annotate(label, (score[place], effect[place]), xytext=aside, textcoords="offset points", fontsize=8)
+    size = np.maximum(score, np.abs(effect))
+    named = [place for place in np.argsort(-size, kind="stable")[:MOST_NAMED] if size[place] >= LEAST_EFFECT]
+    for place, right in zip(named, named_on_the_right(score[named], effect[named]), strict=True):
+        label = name(heads[place]["layer"], heads[place]["head"])
+        aside = (6, -3) if right else (-20, -3)
+        axes.annotate(label, (score[place], effect[place]), xytext=aside, textcoords="offset points", fontsize=8)
     axes.set(
         xlabel="prefix matching (share of attention on the tokens after earlier copies)",
         ylabel="total effect on the correct token's logit (nats)",
@@ -78,6 +79,17 @@ def scatter(axes: Axes, heads: Sequence[dict[str, Any]], title: str) -> Axes:
     axes.figure.colorbar(drawn, ax=axes, label="OV copying: suppresses (-1) to copies (+1)", fraction=0.046, pad=0.03)
     axes.legend(handles=_shape_legend(heads), loc="upper left", fontsize=8, frameon=False)
     return axes
+
+
+def named_on_the_right(score: Floats, effect: Floats) -> list[bool]:
+    """On which side each mark's name stands: away from the nearest other mark, so that no name is read as another's."""
+    places = list(zip(score.tolist(), effect.tolist(), strict=True))
+    sides = []
+    for number, (x, y) in enumerate(places):
+        others = [(abs(x - a) + abs(y - b), a, other) for other, (a, b) in enumerate(places) if other != number]
+        _, nearest, other = min(others, default=(0.0, x, -1))
+        sides.append((x, number) > (nearest, other))
+    return sides
 
 
 def scatter_figure(heads: Sequence[dict[str, Any]], title: str) -> Figure:

@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 
 from common.detection import LEAST_EFFECT, name
-from common.effect_plots import COPYING, MARKERS, MOST_NAMED, TITLES
+from common.effect_plots import COPYING, MARKERS, MOST_NAMED, TITLES, named_on_the_right
 from common.plots import ATTENTION, MARK, MOST_VALUES, OUTLINES
 from common.sequences import Floats
 
@@ -110,17 +110,21 @@ def effects(heads: Sequence[Row]) -> Figure:
     wanted = ("prefix_matching", "total_effect", "copying")
     shown = [head for head in heads if all(head[key] is not None for key in wanted)]
     ranked = sorted(shown, key=lambda head: -max(head["prefix_matching"], abs(head["total_effect"])))
-    sides = ("middle right", "middle left")  # neighbours in rank often stand close: one right, one left
-    named = {name(head["layer"], head["head"]): sides[rank % 2] for rank, head in enumerate(ranked[:MOST_NAMED])
-             if max(head["prefix_matching"], abs(head["total_effect"])) >= LEAST_EFFECT}  # fmt: skip
+    large = [head for head in ranked[:MOST_NAMED]
+             if max(head["prefix_matching"], abs(head["total_effect"])) >= LEAST_EFFECT]  # fmt: skip
+    places = (np.array([head[key] for head in large], dtype=float) for key in ("prefix_matching", "total_effect"))
+    sides = {
+        name(head["layer"], head["head"]): "middle right" if right else "middle left"
+        for head, right in zip(large, named_on_the_right(*places), strict=True)
+    }
     names = [name(head["layer"], head["head"]) for head in shown]
     shapes = [SYMBOLS[MARKERS.get(head["verdict"], "s")] for head in shown]
     rise = [compressed(head["total_effect"]) for head in shown]
     trace = {
         "type": "scatter", "mode": "markers+text", "hoverinfo": "text", "meta": {"names": names},
         "x": [head["prefix_matching"] for head in shown], "y": rise,
-        "text": [one if one in named else "" for one in names],
-        "textposition": [named.get(one, sides[0]) for one in names],
+        "text": [one if one in sides else "" for one in names],
+        "textposition": [sides.get(one, "middle right") for one in names],
         "hovertext": [described(head) for head in shown],
         "marker": {
             "symbol": shapes, "size": [7 if shape == "square" else 12 for shape in shapes],

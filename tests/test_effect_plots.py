@@ -43,6 +43,15 @@ def test_every_head_stands_at_its_score_and_effect_in_the_shape_of_its_verdict(a
     assert named == {"1.0", "1.1", "1.2"}, "the head that does nothing and looks at nothing needs no name"
 
 
+def test_names_stand_away_from_the_nearest_mark():
+    score, effect = np.array([0.93, 0.94, 0.2, 0.5]), np.array([2.6, 2.5, 0.1, -0.4])
+    assert effect_plots.named_on_the_right(score, effect)[:2] == [False, True]
+    assert effect_plots.named_on_the_right(score[::-1], effect[::-1])[2:] == [True, False]
+    assert effect_plots.named_on_the_right(np.array([0.5, 0.5]), np.array([1.0, 1.0])) == [False, True]
+    assert effect_plots.named_on_the_right(np.array([0.5]), np.array([1.0])) == [True]
+    assert effect_plots.named_on_the_right(np.array([]), np.array([])) == []
+
+
 def effect(which: str, kind: str, metric: str, size: float, control: float | None) -> dict:
     beside = None if control is None else {"effect": control, "interval": [control - 0.1, control + 0.1]}
     return {"name": kind, "head": which, "metric": metric, "effect": size, "interval": [size - 0.2, size + 0.2],
