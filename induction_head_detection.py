@@ -20,17 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli, report
-from common.errors import UserError
+from common import UserError, cli
+from common.results import report
 
 if TYPE_CHECKING:  # what loads torch, scikit-learn or matplotlib is imported where it is used: --help stays quick
-    from common.ablation import Ablation
-    from common.labels import Labels
-    from common.metrics import Metrics
-    from common.models import Model
-    from common.sequences import Floats, Ints
-    from common.survey import Survey
-    from common.texts import TextScores
+    from common.heads.labels import Labels
+    from common.heads.metrics import Metrics
+    from common.heads.sequences import Floats, Ints
+    from common.heads.survey import Survey
+    from common.heads.texts import TextScores
+    from common.interventions.ablation import Ablation
+    from common.loading.models import Model
 
 # Edit me: the texts to look at.
 sequences = [
@@ -65,10 +65,10 @@ def find_induction_heads(args: argparse.Namespace) -> None:
     """Load, score and decide, evaluate, look at the texts, report."""
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
-    from common import tables
-    from common.detection import name
-    from common.survey import copying, survey
-    from common.texts import score_text
+    from common.heads.detection import name
+    from common.heads.survey import copying, survey
+    from common.heads.texts import score_text
+    from common.results import tables
 
     model = cli.load(args)
     encoded = cli.encode(model, texts)
@@ -114,7 +114,8 @@ def find_induction_heads(args: argparse.Namespace) -> None:
 
 def choose_labels(model: Model, args: argparse.Namespace) -> Labels | None:
     """What to evaluate against, if anything; read before the long work, so that a wrong file is said at once."""
-    from common import causal, labels
+    from common.heads import labels
+    from common.interventions import causal
 
     measure = partial(causal.measure, model, batch_size=args.batch_size, seed=args.seed, progress=report.progress)
     return labels.choose(args.labels, model, lambda: measure().labels())
@@ -122,7 +123,7 @@ def choose_labels(model: Model, args: argparse.Namespace) -> Labels | None:
 
 def evaluate(measured: Survey, labels: Labels | None) -> Metrics | None:
     """Agreement of the verdicts with the labels, if there are any."""
-    from common import metrics
+    from common.heads import metrics
 
     found = measured.found
     return metrics.evaluate(found.induction, found.score, found.resampled, labels) if labels else None
@@ -130,7 +131,7 @@ def evaluate(measured: Survey, labels: Labels | None) -> Metrics | None:
 
 def ablate(model: Model, measured: Survey, args: argparse.Namespace, out: Path) -> Ablation | None:
     """What the model loses without its induction heads; None where there are none, or where it was left out."""
-    from common import ablation
+    from common.interventions import ablation
 
     if args.ablate is False or not measured.found.ranked():
         return None
@@ -150,7 +151,7 @@ def ablate(model: Model, measured: Survey, args: argparse.Namespace, out: Path) 
 
 def draw(folder: Path, model: Model, measured: Survey, labels: Labels | None, on_texts: Sequence[Any]) -> None:
     """The mosaic, every head against its threshold, the attention budgets, and the strongest heads on each text."""
-    from common import plots
+    from common.results import plots
 
     found = measured.found
     plots.save(plots.mosaic_figure(found, f"Induction heads of {model.name}"), folder / "mosaic.png")
@@ -173,7 +174,7 @@ def draw_effects(
     folder: Path, model: Model, measured: Survey, heads: Sequence[dict[str, Any]], ablated: Ablation | None
 ) -> None:
     """Score against effect for every head, and what the model loses without its induction heads."""
-    from common import effect_plots, plots
+    from common.results import effect_plots, plots
 
     figure = effect_plots.scatter_figure(heads, f"{model.name}: looking like induction, and doing it")
     plots.save(figure, folder / "effects.png")
@@ -186,7 +187,8 @@ def write_page(
     folder: Path, model: Model, results: dict[str, Any], ablated: Ablation | None, on_texts: Sequence[Any]
 ) -> None:
     """The pictures on one page, report.html, with every number on hovering and the patterns of every head."""
-    from common import html_report, scores, tables
+    from common.heads import scores
+    from common.results import html_report, tables
 
     def on_page(number: int, text: str, tokens: Ints, on_text: TextScores) -> html_report.TextMaps:
         said = tables.text_line(number, results["sequences"][number - 1])
@@ -201,8 +203,9 @@ def write_page(
 
 def text_panels(model: Model, measured: Survey, tokens: Ints, on_text: TextScores) -> list[tuple[str, Floats]]:
     """What to draw of a text, as (title, pattern): its strongest induction heads, and the mean over a layer's heads."""
-    from common import scores, tables
-    from common.detection import name
+    from common.heads import scores
+    from common.heads.detection import name
+    from common.results import tables
 
     strongest = tables.ranked_on(measured.found, on_text)[:HEADS_DRAWN]
     layer = strongest[0][0] if strongest else model.n_layers - 1
@@ -221,7 +224,7 @@ def print_summary(
     results: dict[str, Any], measured: Survey, quality: Metrics | None, ablated: Ablation | None, out: Path
 ) -> None:
     """The heads that attend to their targets, what happens on the texts, agreement with labels, where the files are."""
-    from common import tables
+    from common.results import tables
 
     heads = results["heads"]
     title = f"Heads of {results['model']['name']} that attend to the tokens after earlier copies"

@@ -20,16 +20,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli, report
-from common.chosen import Chosen, choose
-from common.detection import Detection, name
-from common.errors import UserError
-from common.sequences import Floats, Ints, TokenBatch
+from common import UserError, cli
+from common.heads.detection import Detection, name
+from common.heads.sequences import Floats, Ints, TokenBatch
+from common.results import report
+from common.results.chosen import Chosen, choose
 
 if TYPE_CHECKING:  # what loads torch or matplotlib is imported where it is used: --help stays quick
-    from common.models import Model
-    from common.qk import Decomposition, Interaction
-    from common.qk_interventions import Experiments
+    from common.circuits.qk import Decomposition, Interaction
+    from common.interventions.qk_interventions import Experiments
+    from common.loading.models import Model
 
 # Edit me: the texts to look at, and the layer ("auto": the layer of the strongest induction head; or a number).
 sequences = [
@@ -63,7 +63,8 @@ def analyse_layer(args: argparse.Namespace) -> None:
     """Load, choose the layer, let its queries and keys meet on the texts, decompose, weigh, intervene, report."""
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
-    from common import qk, qk_tables
+    from common.circuits import qk
+    from common.results import qk_tables
 
     model = cli.load(args)
     args.layer = layer if args.layer is None else args.layer
@@ -100,7 +101,7 @@ def analyse_layer(args: argparse.Namespace) -> None:
             "experiments": experiments.about() if experiments else None,
         }
         if not args.no_plots:
-            from common import html_qk
+            from common.results import html_qk
 
             html_qk.save(folder, results, chosen.leading, on_page)
         results["files"] = sorted([*(path.name for path in folder.iterdir()), "results.json"])
@@ -112,7 +113,7 @@ def analyse_layer(args: argparse.Namespace) -> None:
 
 def measure_heads(model: Model, args: argparse.Namespace) -> tuple[Detection, Floats]:
     """Which heads are induction heads, and how much each attends to the previous token, [layer, head]."""
-    from common.survey import survey
+    from common.heads.survey import survey
 
     options = {"seed": args.seed, "batch_size": args.batch_size, "threshold": args.threshold}
     measured = survey(model, **options, progress=report.progress)
@@ -123,7 +124,8 @@ def look(
     folder: Path, model: Model, chosen: Chosen, args: argparse.Namespace, number: int, text: str, tokens: Ints
 ) -> dict[str, Any]:
     """One text: how queries and keys of the layer meet, checked and drawn; what scores of chosen heads are made of."""
-    from common import qk, qk_interventions
+    from common.circuits import qk
+    from common.interventions import qk_interventions
 
     induction = TokenBatch.of([tokens], pad=model.bos).cells["prefix_matching"]
     cells = sorted(zip(induction.query.tolist(), induction.key.tolist(), strict=True))
@@ -134,7 +136,7 @@ def look(
         qk.export(met, tokens, folder / f"qk_{number:02d}.safetensors")
     maps, on_page = [], None
     if not args.no_plots:
-        from common import html_qk, qk_plots
+        from common.results import html_qk, qk_plots
 
         title = f"{model.name}, text {number}: {cli.shortened(text)}"
         figures = qk_plots.text_figures(met, split, chosen.grid, model.strings(tokens), cells, title)
@@ -161,7 +163,7 @@ def decompose(
     model: Model, tokens: Ints, met: Interaction, heads: list[int], cells: list[tuple[int, int]]
 ) -> dict[int, Decomposition | str]:
     """What the mean score of the cells is made of, head by head, or why that cannot be said."""
-    from common import qk
+    from common.circuits import qk
 
     try:
         return {**qk.decompose(model, tokens, met, heads, cells)}
@@ -175,7 +177,7 @@ def weigh(
     tokens: Ints,
 ) -> dict[str, Any]:  # fmt: skip
     """What the weights say: which earlier heads the layer reads, and what its leading head makes of a text."""
-    from common import circuits
+    from common.circuits import circuits
 
     at, head = chosen.layer, chosen.leading
     try:
@@ -188,7 +190,7 @@ def weigh(
         return {"composition": None, "directions": []}
     strings = model.strings(found.tokens)
     if not args.no_plots:
-        from common import qk_plots
+        from common.results import qk_plots
 
         title = f"{model.name}, tokens of: {cli.shortened(text)}"
         qk_plots.save_all(qk_plots.weight_figures(found, composition, pair, strings, len(tokens), title), folder)
@@ -204,7 +206,7 @@ def intervene(
     """What the chosen heads' parts do, and the paths into the leading one; None where that was left out."""
     if args.interventions is False:
         return None
-    from common import qk_interventions
+    from common.interventions import qk_interventions
 
     laboratory = qk_interventions.Laboratory(model, chosen, found, seed=args.seed, batch_size=args.batch_size)
     if args.interventions is None and (seconds := laboratory.seconds()) > qk_interventions.PATIENCE:
@@ -214,7 +216,7 @@ def intervene(
     for reason in sorted(set(done.refused.values())):
         report.warn(reason)
     if not args.no_plots:
-        from common import effect_plots, qk_plots
+        from common.results import effect_plots, qk_plots
 
         qk_plots.save_all(effect_plots.intervention_figures(done.effects, model.name), folder)
     return done
@@ -222,7 +224,7 @@ def intervene(
 
 def print_summary(results: dict[str, Any], richest: int, leading: str, out: Path) -> None:
     """The largest terms on the richest text, the self-check, the composed pair, interventions on a head, the files."""
-    from common import qk_tables
+    from common.results import qk_tables
 
     for one in (one for one in results["decomposition"] if one["text"] == richest and one["terms"]):
         report.tell(qk_tables.lead_sentence(one))

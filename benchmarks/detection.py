@@ -45,11 +45,14 @@ from transformer_lens.head_detector import detect_head
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
-from common import causal, cli, labels, models, report
-from common.detection import name
-from common.errors import UserError
-from common.sequences import Floats, Ints
-from common.survey import survey
+from common import UserError, cli
+from common.heads import labels
+from common.heads.detection import name
+from common.heads.sequences import Floats, Ints
+from common.heads.survey import survey
+from common.interventions import causal
+from common.loading import models
+from common.results import report
 from tests import handbuilt
 
 Bools = NDArray[np.bool_]

@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from common import interventions, models
-from common.bench import Bench, Reads, sweep
-from common.edits import Head, Intervention, Recordings, hooks_of
-from common.sequences import battery, continuing
+from common.heads.sequences import battery, continuing
+from common.interventions import interventions
+from common.interventions.bench import Bench, Reads, sweep
+from common.interventions.edits import Head, Intervention, Recordings, hooks_of
+from common.loading import models
 
 SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024}
 TINY = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 2048, "n_positions": 128}

@@ -45,9 +45,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from common import batching, cli, models, report, scores
-from common.errors import UserError
-from common.sequences import HEAD_TYPES, Floats, Ints, TokenBatch, battery
+from common import UserError, cli
+from common.attention import batching
+from common.heads import scores
+from common.heads.sequences import HEAD_TYPES, Floats, Ints, TokenBatch, battery
+from common.loading import models
+from common.results import report
 
 PROGRAM = "benchmark_scoring"
 OURS, HALF = "ours", "ours, bfloat16"
@@ -449,7 +452,7 @@ def print_ratios(model: str, measured: Sequence[Point]) -> None:
 
 def draw(measured: Sequence[Point], path: Path) -> None:
     """Time and peak memory on a CPU against the length of a row, and against the number of rows."""
-    from common import plots
+    from common.results import plots
 
     model = measured[0].model
     here = [point for point in measured if (point.model, point.device) == (model, "cpu")]

@@ -1,5 +1,5 @@
-"""What the scripts share.
+"""What the scripts share."""
 
-Arrows point one way: scripts -> report, plots, qk_plots -> circuits -> qk; detection, metrics -> scores -> sequences,
-models.
-"""
+
+class UserError(ValueError):
+    """Something the user can mend: what was wrong, what was needed, what to do. Ends a script with exit code 2."""

@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
-from common import report
-from common.errors import UserError
-from common.escapes import escaped
+from common import UserError
+from common.loading.escapes import escaped
+from common.results import report
 
 if TYPE_CHECKING:
-    from common.models import Model
-    from common.sequences import Ints
+    from common.heads.sequences import Ints
+    from common.loading.models import Model
 
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")  # as torch says it
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
@@ -163,7 +163,7 @@ def chosen_texts(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
 def load(args: argparse.Namespace) -> Model:
     """The model that `--model` names, said before and after. Raises UserError as `models.load` does."""
     report.say(f"loading --model {args.model} …")
-    from common import models
+    from common.loading import models
 
     options = {"device": args.device, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     model = models.load(args.model, **options, say=report.say)
@@ -198,8 +198,8 @@ def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
 
 def choose_batch_size(args: argparse.Namespace, model: Model, encoded: Sequence[tuple[str, Ints]]) -> None:
     """Fill in `--batch-size auto`, for the longest of the texts and of the battery's rows."""
-    from common import batching
-    from common.survey import ROW_LENGTH
+    from common.attention import batching
+    from common.heads.survey import ROW_LENGTH
 
     if args.batch_size is None:
         longest = max(ROW_LENGTH, *(len(tokens) for _, tokens in encoded))

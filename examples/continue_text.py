@@ -19,10 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from common import effects, models, plots, scores
-from common.interventions import forbid
-from common.sequences import Ints, TokenBatch
-from common.survey import survey
+from common.heads import scores
+from common.heads.sequences import Ints, TokenBatch
+from common.heads.survey import survey
+from common.interventions import effects
+from common.interventions.interventions import forbid
+from common.loading import models
+from common.results import plots
 
 DRAWN = 2  # heads in the picture
 

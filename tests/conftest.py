@@ -24,8 +24,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from common import models
-from common.sequences import Battery, battery
+from common.heads.sequences import Battery, battery
+from common.loading import models
 from tests.oracle import Oracle
 
 torch.set_num_threads(1)  # the models are tiny: two threads wait for each other longer than they work

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from common import interventions, models
-from common.edits import Recordings
-from common.sequences import TokenBatch
+from common.heads.sequences import TokenBatch
+from common.interventions import interventions
+from common.interventions.edits import Recordings
+from common.loading import models
 
 ARCHITECTURES = ("gpt2", "llama", "neox")
 

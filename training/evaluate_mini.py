@@ -18,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from common import effects, models, scores
-from common.detection import name
-from common.sequences import TokenBatch, battery, continuing
+from common.heads import scores
+from common.heads.detection import name
+from common.heads.sequences import TokenBatch, battery, continuing
+from common.interventions import effects
+from common.loading import models
 
 ROWS = 32
 LENGTH = 128

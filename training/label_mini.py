@@ -13,7 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import causal, models, report
+from common.interventions import causal
+from common.loading import models
+from common.results import report
 
 
 def main() -> None:

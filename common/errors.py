@@ -1,5 +1,0 @@
-"""The one exception whose message is written for the person at the terminal."""
-
-
-class UserError(ValueError):
-    """Something the user can mend: what was wrong, what was needed, what to do. Ends a script with exit code 2."""

@@ -1,0 +1,236 @@
+"""Token ids and the cells to read: for each head type, which (query, key) cells of the pattern belong to it.
+
+For a row x with BOS at 0, the targets of query i are T(i) = {j+1 : 0 < j < i, x[j] == x[i], j+1 < i}: the tokens
+that came after earlier copies of the current token. A score is a mean over queries of the attention that the query
+pays to its cells; queries without a cell are left out.
+
+| head type | queries | cells of query i |
+|---|---|---|
+| prefix_matching | those with a target | T(i) |
+| previous_token | i >= 2 | i-1 |
+| duplicate_token | those with an earlier copy | {j : 0 < j < i, x[j] == x[i]} |
+| first_token | i >= 1 | 0 |
+| current_token | i >= 1 | i |
+
+The attention budget shares out all that a query with a target pays, so its parts sum to 1: first to its targets, then,
+of the cells left, to the previous token, itself, earlier copies, BOS (`BUDGET`); the rest is `other`.
+
+The battery draws rows of token ids (never text: text does not survive decoding and re-encoding). Each row is BOS,
+filler, a segment, a gap, the segment again, filler. Its control row is the same with the second segment drawn afresh,
+and is read at the same cells: what a head does there is its own null.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common import UserError
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+HEAD_TYPES = ("prefix_matching", "previous_token", "duplicate_token", "first_token", "current_token")
+BUDGET = ("targets", "previous", "self", "duplicates", "bos", "other")
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells of the attention pattern, grouped by the query they belong to.
+
+    `row`, `query`, `key`, `group`: [cells]; `group` numbers the (row, query) pair a cell belongs to, and
+    `group_row`: [groups] says which row that is.
+    """
+
+    row: Ints
+    query: Ints
+    key: Ints
+    group: Ints
+    group_row: Ints
+
+    @classmethod
+    def of(cls, row: Ints, query: Ints, key: Ints) -> Cells:
+        """Group the cells by their (row, query)."""
+        pairs = np.stack([row, query], axis=1).reshape(-1, 2)
+        unique, group = np.unique(pairs, axis=0, return_inverse=True)
+        return cls(row, query, key, group.reshape(-1), unique[:, 0])
+
+    def rows(self, start: int, stop: int) -> Cells:
+        """The cells of rows start to stop - 1, rows counted from `start`."""
+        inside = (self.row >= start) & (self.row < stop)
+        return Cells.of(self.row[inside] - start, self.query[inside], self.key[inside])
+
+    def chance(self) -> float:
+        """The score of a head that attends uniformly to what it may see, in [0, 1]; NaN without cells."""
+        if not len(self.group_row):
+            return float("nan")
+        return float(np.sum(1.0 / (self.query + 1)) / len(self.group_row))
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rows of token ids, right-padded, and the cells to read in them.
+
+    `tokens`: [rows, pos] ids; `lengths`: [rows]; `cells`: one entry per head type, and `budget_previous` and so on for
+    the parts of the budget that are neither targets nor the rest. Attention is causal, so padding on the right never
+    reaches a cell.
+    """
+
+    tokens: Ints
+    lengths: Ints
+    cells: dict[str, Cells]
+
+    @classmethod
+    def of(cls, rows: list[Ints], pad: int) -> TokenBatch:
+        """Pad `rows` (each with BOS first) with `pad` on the right and find the cells of every head type."""
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        tokens = np.full((len(rows), int(lengths.max(initial=0))), pad, dtype=np.int64)
+        for place, row in zip(tokens, rows, strict=True):
+            place[: len(row)] = row
+        cells = head_type_cells(tokens, lengths)
+        return cls(tokens, lengths, {**cells, **budget_cells(cells, tokens.shape[1])})
+
+    def rows(self, start: int, stop: int) -> TokenBatch:
+        """Rows start to stop - 1."""
+        cells = {name: cell.rows(start, stop) for name, cell in self.cells.items()}
+        return TokenBatch(self.tokens[start:stop], self.lengths[start:stop], cells)
+
+
+def head_type_cells(tokens: Ints, lengths: Ints) -> dict[str, Cells]:
+    """The cells of every head type in [rows, pos] token ids whose first `lengths` [rows] count."""
+    row, query, key = earlier_copies(tokens, lengths)
+    follows = key + 1 < query  # an adjacent copy's next token is the query itself
+    every_row, every_query = np.nonzero(np.arange(tokens.shape[1]) < lengths[:, None])
+    later = every_query >= 1
+    second = every_query >= 2
+    return {
+        "prefix_matching": Cells.of(row[follows], query[follows], key[follows] + 1),
+        "previous_token": Cells.of(every_row[second], every_query[second], every_query[second] - 1),
+        "duplicate_token": Cells.of(row, query, key),
+        "first_token": Cells.of(every_row[later], every_query[later], np.zeros_like(every_query[later])),
+        "current_token": Cells.of(every_row[later], every_query[later], every_query[later]),
+    }
+
+
+def budget_cells(cells: dict[str, Cells], width: int) -> dict[str, Cells]:
+    """Of queries with a target, the cells of each further part of the budget, no cell in two parts.
+
+    `cells`: those of the head types, in rows of `width` tokens.
+    """
+    targets = cells["prefix_matching"]
+    row, query = np.unique(np.stack([targets.row, targets.query]), axis=1)
+    copies = cells["duplicate_token"]
+    asked = np.isin(_code(copies.row, copies.query, 0, width), _code(row, query, 0, width))
+    wanted = {
+        "previous": (row, query, query - 1),
+        "self": (row, query, query),
+        "duplicates": (copies.row[asked], copies.query[asked], copies.key[asked]),
+        "bos": (row, query, np.zeros_like(query)),
+    }
+    taken = _code(targets.row, targets.query, targets.key, width)
+    parts = {}
+    for part, place in wanted.items():
+        code = _code(*place, width)
+        free = ~np.isin(code, taken)
+        parts[f"budget_{part}"] = Cells.of(*(index[free] for index in place))
+        taken = np.concatenate([taken, code])
+    return parts
+
+
+def _code(row: Ints, query: Ints, key: Ints | int, width: int) -> Ints:
+    """One number per (row, query, key)."""
+    return (row * width + query) * width + key
+
+
+def earlier_copies(tokens: Ints, lengths: Ints) -> tuple[Ints, Ints, Ints]:
+    """Every (row, query, key) with 0 < key < query and the same token at both, in time linear in their number."""
+    row, position = np.nonzero(np.arange(tokens.shape[1]) < lengths[:, None])
+    row, position = row[position > 0], position[position > 0]
+    token = tokens[row, position]
+    order = np.lexsort((position, token, row))
+    row, position, token = row[order], position[order], token[order]
+    place = np.arange(len(order))
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (row[1:] != row[:-1]) | (token[1:] != token[:-1])
+    first = np.maximum.accumulate(np.where(new, place, 0))
+    rank = place - first  # how many earlier copies there are
+    later = np.repeat(place, rank)
+    offset = np.arange(len(later)) - np.repeat(np.cumsum(rank) - rank, rank)
+    earlier = np.repeat(first, rank) + offset
+    return row[later], position[later], position[earlier]
+
+
+def continuing(batch: TokenBatch) -> NDArray[np.bool_]:
+    """Which tokens, [rows, pos], are the ones that induction predicts: they follow their predecessor as before.
+
+    The first token of a second copy is not among them: nothing predicts it.
+    """
+    cells = batch.cells["prefix_matching"]
+    inside = cells.query + 1 < batch.lengths[cells.row]
+    row, query, key = cells.row[inside], cells.query[inside], cells.key[inside]
+    same = batch.tokens[row, query + 1] == batch.tokens[row, key]
+    mask = np.zeros(batch.tokens.shape, dtype=bool)
+    mask[row[same], query[same] + 1] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class Battery:
+    """Rows with a repeat, and their control rows read at the same cells."""
+
+    repeats: TokenBatch
+    controls: TokenBatch
+
+    def rows(self, start: int, stop: int) -> Battery:
+        return Battery(self.repeats.rows(start, stop), self.controls.rows(start, stop))
+
+
+def battery(ordinary: Ints, bos: int, *, rows: int, length: int, seed: int, first: int = 0) -> Battery:
+    """Draw `rows` rows of `length` ids from the `ordinary` tokens, beginning at row `first`.
+
+    Row r depends on (seed, r) alone: more rows can be drawn later.
+    Raises UserError where a row is too short to hold a segment twice or there are fewer than two ordinary tokens.
+    """
+    if length < 8:
+        raise UserError(f"a row of {length} tokens is too short for a repeat: the model must read at least 8")
+    if len(ordinary) < 2:
+        raise UserError("the vocabulary has fewer than two ordinary tokens: there is nothing to repeat")
+    pairs = [_battery_row(np.random.default_rng([seed, first + row]), ordinary, bos, length) for row in range(rows)]
+    repeats = TokenBatch.of([repeat for repeat, _ in pairs], pad=bos)
+    controls = TokenBatch(np.stack([control for _, control in pairs]), repeats.lengths, repeats.cells)
+    return Battery(repeats, controls)
+
+
+def text_controls(batch: TokenBatch, ordinary: Ints, *, rows: int, seed: int) -> TokenBatch:
+    """`rows` control rows of the one text in `batch`, read at the text's own prefix-matching cells.
+
+    As in the battery, what repeats is drawn afresh: every token with an earlier copy becomes an ordinary token that the
+    text does not hold (any ordinary token, where it holds them all).
+    """
+    text = batch.tokens[0]
+    again = np.unique(batch.cells["duplicate_token"].query)
+    unused = np.setdiff1d(ordinary, text)
+    drawn_from = unused if len(unused) else ordinary
+    rng = np.random.default_rng([seed, rows])
+    tokens = np.tile(text, (rows, 1))
+    for row in tokens:
+        row[again] = rng.choice(drawn_from, size=len(again), replace=len(drawn_from) < len(again))
+    cells = batch.cells["prefix_matching"]
+    row = np.repeat(np.arange(rows), len(cells.query))
+    repeated = Cells.of(row, np.tile(cells.query, rows), np.tile(cells.key, rows))
+    return TokenBatch(tokens, np.repeat(batch.lengths, rows), {"prefix_matching": repeated})
+
+
+def _battery_row(rng: np.random.Generator, ordinary: Ints, bos: int, length: int) -> tuple[Ints, Ints]:
+    """A row and its control. The place of the segment, its size and the gap vary from row to row."""
+    body = length - 1
+    size = int(rng.integers(max(2, body // 6), 2 * body // 5 + 1))
+    gap = int(rng.integers(0, body - 2 * size + 1))
+    start = int(rng.integers(0, body - 2 * size - gap + 1))
+    control = rng.choice(ordinary, size=body, replace=len(ordinary) < body)
+    repeat = control.copy()
+    again = start + size + gap
+    repeat[again : again + size] = repeat[start : start + size]
+    return np.concatenate([[bos], repeat]), np.concatenate([[bos], control])

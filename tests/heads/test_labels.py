@@ -1,0 +1,102 @@
+"""Labels: files a user may get wrong, the published table, and causal labels that construction confirms."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from common import UserError
+from common.heads import labels
+from common.heads.labels import Labels
+from common.interventions import causal
+from common.interventions.causal import LEAST, CausalEffects
+
+
+def test_labels_are_read(tmp_path):
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps({"source": "by hand", "induction_heads": ["1.2", "0.0"]}))
+    assert labels.read(path, 2, 3) == Labels(frozenset({(1, 2), (0, 0)}), "by hand")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "induction_heads"),
+        ('{"induction_heads": "5.1"}', "induction_heads"),
+        ('{"induction_heads": [5.1]}', "no head"),
+        ('{"induction_heads": [["5.1"]]}', "no head"),
+        ('{"induction_heads": ["a.b"]}', "no head"),
+        ('{"induction_heads": ["²."]}', "no head"),
+        ('{"induction_heads": ["1.٢"]}', "no head"),
+        ('{"induction_heads": ["2.0"]}', "no head 2.0"),
+        ('{"induction_heads": ["0.3"]}', "no head 0.3"),
+    ],
+)
+def test_wrong_label_files_say_what_is_wrong(tmp_path, text, reason):
+    path = tmp_path / "labels.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=reason):
+        labels.read(path, 2, 3)
+
+
+def test_a_missing_label_file_is_said(tmp_path):
+    with pytest.raises(UserError, match="cannot read labels"):
+        labels.read(tmp_path / "none.json", 2, 3)
+
+
+GPT2_SMALL = SimpleNamespace(
+    name="gpt2", n_layers=12, n_heads=12, labels_file=None, bridge=SimpleNamespace(cfg=SimpleNamespace(d_vocab=50257))
+)
+
+
+def never() -> Labels:
+    raise AssertionError("nothing asked for causal labels")
+
+
+def test_the_published_table_is_for_gpt2_small_alone(random_gpt2):
+    known = labels.choose(None, GPT2_SMALL, never)
+    assert known == labels.choose("published", GPT2_SMALL, never)
+    assert known.heads == {(5, 1), (5, 5), (6, 9), (7, 2), (7, 10)} and "2211.00593" in known.source
+    pretender = replace(random_gpt2, name="gpt2")
+    assert labels.choose(None, pretender, never) is None, "a model of that name and another shape has no such labels"
+    with pytest.raises(UserError, match="no published labels for gpt2"):
+        labels.choose("published", pretender, never)
+
+
+def test_the_models_own_labels_come_first_and_none_means_none(mini):
+    assert labels.choose(None, mini, never) == labels.read(mini.labels_file, mini.n_layers, mini.n_heads)
+    assert labels.choose("none", mini, never) is None
+
+
+def test_the_rule_needs_size_and_certainty():
+    sure = np.full((16, 1, 1), 1.2 * LEAST)
+    small = np.full((16, 1, 1), 0.8 * LEAST)
+    unsure = np.where(np.arange(16) % 8, -0.1, 2.0)[:, None, None] + LEAST
+    nothing = np.zeros((16, 1, 1))
+    assert unsure.mean() >= LEAST
+    for needed, expected in ((sure, True), (small, False), (unsure, False), (nothing, False)):
+        assert bool(CausalEffects(needed, nothing, "x").labels().heads) == expected
+        assert bool(CausalEffects(nothing, needed, "x").labels().heads) == expected
+    assert CausalEffects(-sure, nothing, "x").heads(-1) == [(0, 0)]
+    assert CausalEffects(sure, -sure, "x").heads(-1) == [], "needed for the loss: not suppression"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_causal_labels_are_what_was_built(hand_built, seed):
+    built, model = hand_built(seed)
+    effects = causal.measure(model)
+    assert effects.labels().heads == set(built.heads("induction"))
+    assert set(effects.heads(-1)) == set(built.heads("suppression"))
+
+
+def test_shipped_labels_are_those_that_are_measured(mini):
+    shipped = json.loads(mini.labels_file.read_text())
+    measured = causal.measure(mini).as_json()
+    assert shipped["induction_heads"] == measured["induction_heads"]
+    assert shipped["source"].startswith(measured["source"])

@@ -1,0 +1,66 @@
+"""Sums per row, and intervals over rows, against the obvious way."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.heads.statistics import RowSums, bootstrap_weights, interval_over_rows, resampled_mean
+
+rows_of_values = st.lists(
+    st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=5), min_size=1, max_size=6
+)
+
+
+def row_sums(rows: list[list[float]]) -> RowSums:
+    return RowSums(
+        np.array([[sum(row)] for row in rows]),
+        np.array([[sum(value**2 for value in row)] for row in rows]),
+        np.array([len(row) for row in rows]),
+    )
+
+
+@given(rows_of_values)
+def test_mean_and_spread_are_those_of_all_values(rows):
+    values = np.concatenate(rows)
+    assert row_sums(rows).mean().item() == pytest.approx(values.mean())
+    assert row_sums(rows).std().item() == pytest.approx(values.std(), abs=1e-7)
+
+
+@given(rows_of_values, st.integers(0, 100))
+def test_a_resample_is_the_rows_drawn_and_put_together(rows, seed):
+    drawn = np.random.default_rng(seed).integers(len(rows), size=len(rows))
+    weights = np.bincount(drawn, minlength=len(rows)).astype(float)[None]
+    values = np.concatenate([rows[row] for row in drawn])
+    mean, spread = row_sums(rows).resampled(weights)
+    assert mean.item() == pytest.approx(values.mean())
+    assert spread.item() == pytest.approx(values.std(), abs=1e-7)
+
+
+@given(rows_of_values, st.integers(0, 5))
+def test_adding_is_putting_the_rows_together(rows, cut):
+    if 0 < cut < len(rows):
+        both = row_sums(rows[:cut]) + row_sums(rows[cut:])
+        assert both.mean() == pytest.approx(row_sums(rows).mean())
+        assert len(both.counts) == len(rows)
+
+
+def test_every_resample_draws_as_many_rows():
+    assert (bootstrap_weights(7).sum(1) == 7).all()
+    assert np.array_equal(bootstrap_weights(7), bootstrap_weights(7))
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        low, high = interval_over_rows(rng.normal(1.0, 0.5, size=(40, 1)))
+        covered += bool(low <= 1.0 <= high)
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_weighted_means_of_rows():
+    values = np.array([[1.0], [3.0]])
+    assert resampled_mean(values, np.array([[2.0, 0.0], [1.0, 1.0]])).ravel().tolist() == [1.0, 2.0]

@@ -1,0 +1,86 @@
+"""One text: its control rows, its few cells, and what that does to the threshold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.heads.sequences import TokenBatch, text_controls
+from common.heads.texts import CONTROLS, score_text
+from tests.handbuilt import COPY, Role
+from tests.test_sequences import cells_of
+
+ROLES = {
+    (0, 0): Role("previous-token", slot=0),
+    (0, 1): Role("fixed-offset", offset=2),
+    (1, 0): Role("induction", strength=0.9, slot=0, writing=COPY),
+    (1, 1): Role("induction", strength=0.15, slot=0, writing=COPY),
+}
+
+
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=14))
+def test_controls_are_the_text_with_what_repeats_drawn_afresh(text):
+    batch = TokenBatch.of([np.array([0, *text])], pad=0)
+    controls = text_controls(batch, np.arange(1, 60), rows=4, seed=3)
+    again = [place for place, token in enumerate(text, start=1) if token in text[: place - 1]]
+    for row, tokens in enumerate(controls.tokens):
+        changed = np.flatnonzero(tokens != batch.tokens[0])
+        assert changed.tolist() == again
+        assert not set(tokens[changed].tolist()) & set(text)
+        assert cells_of(controls, "prefix_matching", row) == cells_of(batch, "prefix_matching", 0)
+
+
+def test_a_text_that_holds_every_token_still_has_controls():
+    batch = TokenBatch.of([np.array([0, 1, 2, 1, 2, 2])], pad=0)
+    assert text_controls(batch, np.array([1, 2]), rows=3, seed=0).tokens.shape == (3, 6)
+
+
+@pytest.fixture(scope="module")
+def model(hand_built):
+    return hand_built(ROLES)[1]
+
+
+def read(model, *tokens: int):
+    return score_text(model, np.array([model.bos, *tokens]), seed=0, batch_size=8)
+
+
+def test_induction_is_at_work_where_something_repeats(model):
+    found = read(model, *range(100, 112), *range(100, 112))
+    assert found.queries == 12
+    attends = found.attention.attends
+    assert attends[1, 0] and attends[1, 1]
+    assert not attends[0].any()
+    assert found.attention.control[1, 0] < 0.05
+
+
+def test_the_fixed_offset_head_that_hits_the_targets_is_not_fooled_by(model):
+    """In a row of period 3 the token two back is every target: its control says that it always looks there."""
+    found = read(model, 5, 6, 7, 5, 6, 7, 5, 6, 7)
+    assert found.attention.score[0, 1] > 0.5
+    assert not found.attention.attends[0, 1]
+    assert found.attention.attends[1, 0]
+
+
+def test_one_query_asks_for_more_than_twelve(model):
+    one = read(model, *range(100, 112), 100)
+    twelve = read(model, *range(100, 112), *range(100, 112))
+    assert one.queries == 1
+    spread = one.attention.threshold - one.attention.control
+    assert (spread >= twelve.attention.threshold - twelve.attention.control - 0.02).all()
+
+
+def test_nothing_repeats_nothing_is_said(model):
+    found = read(model, 5, 6, 7, 8)
+    assert found.attention is None and found.queries == 0 and found.cells == []
+    assert np.isnan(found.scores.mean("prefix_matching")).all()
+
+
+def test_the_null_is_read_at_the_same_cells(model):
+    """With as many control rows as stated, each query's null is the mean over them."""
+    found = read(model, 5, 6, 7, 5, 6, 7)
+    assert CONTROLS == 32
+    assert found.attention.control.shape == (2, 2)
+    assert (found.attention.low <= found.attention.score + 1e-12).all()
+    assert (found.attention.score <= found.attention.high + 1e-12).all()

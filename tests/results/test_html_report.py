@@ -1,0 +1,310 @@
+"""report.html: what is packed comes back, what is text stays text, and a real browser shows it without a request."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import induction_head_detection
+import qk_circuit_analysis
+from common.circuits import qk
+from common.heads import scores
+from common.heads.detection import name
+from common.results import html_figures, html_report
+from tests import browser
+
+HOSTILE = [
+    "BOS",
+    "</script><script>document.title='owned'</script>",
+    "<img src=x onerror=\"document.title='owned'\">",
+    "<b>bold</b>&amp;",
+    "a\u2028b",
+    "$x_2$%{x}",
+    "\u202eabc",
+]
+REPEATS = "the cat sat on </script> the cat sat on </script>"
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    out = tmp_path_factory.mktemp("first") / "out"
+    texts = ["--text", REPEATS, "--text", "the quick brown fox"]
+    assert induction_head_detection.main(["--model", "mini", "--out", str(out), *texts]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    out = tmp_path_factory.mktemp("second") / "out"
+    assert (
+        qk_circuit_analysis.main(["--model", "mini", "--out", str(out), "--no-interventions", "--text", REPEATS]) == 0
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(first):
+    return json.loads((first / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    driver = browser.start(tmp_path_factory.mktemp("chromium") / "profile")
+    yield driver
+    driver.quit()
+
+
+def show(driver, path) -> None:
+    """Open a page, with nothing noted of the pages before."""
+    driver.get("about:blank")
+    browser.requested(driver)
+    browser.complaints(driver)
+    driver.get(path.as_uri())
+
+
+def hover(driver, figure: str, x: float, y: float) -> str:
+    """What a figure says at a place given as shares of its width and height."""
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    read = f"return [...document.querySelectorAll('#{figure} .hovertext')].map((one) => one.textContent).join()"
+    area = driver.find_element("css selector", f"#{figure} .nsewdrag")
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", area)
+    width, height = area.size["width"], area.size["height"]
+    place = ActionChains(driver).move_to_element_with_offset(area, 0, 0)
+    place = place.move_to_element_with_offset(area, round((x - 0.5) * width), round((y - 0.5) * height))
+    place.perform()
+    return WebDriverWait(driver, 10).until(lambda driver: driver.execute_script(read))
+
+
+def click(driver) -> None:
+    """Click where the pointer is."""
+    from selenium.webdriver import ActionChains
+
+    ActionChains(driver).click().perform()
+
+
+def in_mosaic(results, head) -> tuple[float, float]:
+    """The middle of a head's square, as shares of the width and height of the mosaic."""
+    layers, heads = (1 + max(one[axis] for one in results["heads"]) for axis in ("layer", "head"))
+    return (head["head"] + 0.5) / heads, (head["layer"] + 0.5) / layers
+
+
+def drawn(driver, figure: str) -> np.ndarray:
+    """The values of a drawn map, queries after BOS × keys; NaN where blank."""
+    left, right = driver.execute_script(
+        f"return document.getElementById('{figure}').data.slice(0, 2).map((one) => one.z)"
+    )
+    return np.concatenate([np.array(left, dtype=float), np.array(right, dtype=float)], axis=1)
+
+
+def unpacked(packed, places: int) -> np.ndarray:
+    codes = np.frombuffer(base64.b64decode(packed["codes"]), dtype="<i2").reshape(len(packed["scale"]), -1)
+    maps = np.full((len(codes), places, places), np.nan)
+    for head, scale in enumerate(packed["scale"]):
+        cells = iter(codes[head])
+        for query in range(places):
+            for key in range(query + 1):
+                code = next(cells)
+                maps[head, query, key] = np.nan if code == -32768 else code * scale / 32767
+    return maps
+
+
+def text_maps(tokens, maps, *, cells=(), text="a text") -> html_report.TextMaps:
+    return html_report.TextMaps(text, tokens, "said", cells, range(len(tokens)), maps)
+
+
+@given(st.integers(1, 3), st.integers(2, 9), st.floats(1e-6, 1e4), st.integers(0, 2**32 - 1))
+def test_maps_come_back_within_a_step_of_the_scale_they_say(heads, places, size, seed):
+    rng = np.random.default_rng(seed)
+    maps = rng.normal(0, size, (heads, places, places))
+    maps[rng.random(maps.shape) < 0.2] = np.nan
+    lower = np.where(np.tri(places, dtype=bool), maps, np.nan)
+    packed = html_report.pack(maps)
+    back = unpacked(packed, places)
+    assert (np.isnan(back) == np.isnan(lower)).all()
+    steps = np.array(packed["scale"])[:, None, None] / 32767
+    assert (np.nan_to_num(np.abs(back - lower)) <= 0.51 * steps).all()
+    assert len(packed["codes"]) == html_report.packed_size(maps)
+
+
+@given(st.text())
+def test_json_in_a_script_element_cannot_end_it_and_comes_back(text):
+    written = html_report.in_script({"text": text})
+    assert not set("<>&\u2028\u2029") & set(written)
+    assert json.loads(written) == {"text": text}
+
+
+@given(st.text(max_size=80))
+def test_a_label_holds_nothing_that_is_read_as_a_tag(text):
+    shown = html_figures.label(text)
+    assert "<" not in shown and ">" not in shown
+    short = html.unescape(shown) if "&" not in text else text
+    assert short in (text, text[:59] + "…")
+
+
+def test_a_page_of_gpt2_small_with_four_texts_stays_under_15_mb(results):
+    heads = [{**results["heads"][0], "layer": at, "head": of} for at in range(12) for of in range(12)]
+    pattern = np.random.default_rng(0).random((144, 13, 13))
+    tokens = [f"token{place}" for place in range(13)]
+    big = {**results, "heads": heads, "induction_heads": [], "sequences": results["sequences"][:1] * 4}
+    page = html_report.induction_page(big, [], [text_maps(tokens, {"pattern": pattern})] * 4)
+    assert len(page.encode()) < 6_000_000
+
+
+def test_what_does_not_fit_is_left_out_and_said(results, monkeypatch):
+    pattern = np.zeros((24, 3, 3))
+    one = text_maps(["BOS", "a", "b"], {"pattern": pattern})
+    monkeypatch.setattr(html_report, "MOST_PACKED", 2 * html_report.packed_size(pattern))
+    page = html_report.induction_page({**results, "sequences": results["sequences"][:1] * 5}, [], iter([one] * 5))
+    assert page.count('class="tokens"') == 2
+    assert "3 further texts are left out here" in page
+
+
+def test_a_long_text_is_cut_to_its_window_and_says_so(mini):
+    places = html_report.drawn_places(200, [(150, 120), (151, 121)])
+    assert places[0] == 0 and len(places) == 49 and {120, 121, 150, 151} <= set(places)
+    tokens = np.array([mini.bos, *mini.ordinary()[:199]])
+    part = scores.every_pattern(mini, tokens, places)
+    (whole,) = scores.patterns(mini, tokens, [(1, 2)])
+    np.testing.assert_allclose(part[1, 2], whole[np.ix_(places, places)])
+    one = html_report.TextMaps("text", ["x"] * 200, "said", [], places, {"pattern": part.reshape(-1, 49, 49)})
+    assert f"tokens {places[1]} to {places[-1]} of 199" in html_report._cut(one)
+
+
+def test_the_figures_are_what_plotly_knows(results, second):
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    heads = results["heads"]
+    figures = [html_figures.mosaic(heads), html_figures.effects(heads),
+               *(html_figures.ablation(results["ablation"], kind) for kind in ("mean", "forbid")),
+               html_figures.decomposition(["a", "b"], np.eye(2), "title")]  # fmt: skip
+    for figure in figures:
+        graph_objects.Figure(figure)  # raises for a property that Plotly does not have
+    with pytest.raises(ValueError, match="nonsense"):
+        graph_objects.Figure({**figures[0], "layout": {"nonsense": 1}})
+
+
+def test_no_plots_leaves_the_page_out(tmp_path, first, second, results):
+    assert "report.html" in results["files"]
+    assert "report.html" in json.loads((second / "results.json").read_text())["files"]
+    for script, quick in ((induction_head_detection, "--no-ablate"), (qk_circuit_analysis, "--no-interventions")):
+        out = tmp_path / script.PROGRAM
+        assert script.main(["--model", "mini", "--no-plots", quick, "--text", "a b a b", "--out", str(out)]) == 0
+        assert "report.html" not in {path.name for path in out.iterdir()}
+
+
+def test_the_page_needs_nothing_from_outside(first):
+    page = (first / "report.html").read_text(encoding="utf-8")
+    outside = re.sub(r"<script[^>]*>.*?</script>", "", page, flags=re.DOTALL)
+    assert "http://" not in outside and "https://" not in outside and "<link" not in outside
+
+
+def test_the_first_page_renders_says_values_and_follows_clicks(chromium, first, results, mini):
+    show(chromium, first / "report.html")
+    assert chromium.title == "Induction heads of mini"
+    for figure in ("mosaic", "effects", "ablation-mean", "ablation-forbid", "text-0-pattern", "text-1-pattern"):
+        assert chromium.find_elements("css selector", f"#{figure} .main-svg"), figure
+    assert [one.text for one in chromium.find_elements("css selector", "section.text h3")] == ["Text 1", "Text 2"]
+    heads = results["heads"]
+    for head in (max(heads, key=lambda one: one["prefix_matching"]), heads[-1], heads[0]):
+        assert f"head {name(head['layer'], head['head'])}" in hover(chromium, "mosaic", *in_mosaic(results, head))
+        said = chromium.find_element("id", "numbers").text
+        assert f"Head {name(head['layer'], head['head'])}" in said
+        for column, value in head.items():  # as in heads.csv
+            if isinstance(value, float):
+                assert f"{column} {value:.4g}" in said
+        click(chromium)
+        assert f"Head {name(head['layer'], head['head'])}:" in chromium.find_element("id", "chosen").text
+        (pattern,) = scores.patterns(mini, mini.encode(REPEATS), [(head["layer"], head["head"])])
+        seen = np.where(np.tri(len(pattern), dtype=bool), pattern, np.nan)[1:]
+        np.testing.assert_allclose(drawn(chromium, "text-0-pattern"), seen, atol=2e-5)
+    last = len(pattern) - 1
+    said = hover(chromium, "text-0-pattern", 0.5 / (last + 1), (last - 0.5) / last)
+    assert f"attention {pattern[last, 0]:.3f}" in said and "BOS" in said
+    assert browser.complaints(chromium) == []
+    assert all(address.startswith(("file:", "data:", "blob:")) for address in browser.requested(chromium))
+
+
+def test_choosing_from_the_list_does_what_clicking_does(chromium, first):
+    show(chromium, first / "report.html")
+    before = drawn(chromium, "text-0-pattern")
+    options = chromium.find_elements("css selector", "#head option")
+    assert len(options) == 24
+    options[-1].click()
+    assert chromium.find_element("id", "chosen").text.startswith("Head 3.5")
+    assert np.nanmax(np.abs(drawn(chromium, "text-0-pattern") - before)) > 0.01
+
+
+def test_the_second_page_shows_scores_patterns_and_the_decomposition(chromium, second, mini):
+    results = json.loads((second / "results.json").read_text(encoding="utf-8"))
+    show(chromium, second / "report.html")
+    assert chromium.title == f"Layer {results['layer']} of mini"
+    chosen = int(results["decomposition"][0]["head"].split(".")[1])
+    tokens = mini.encode(REPEATS)
+    met = qk.interact(mini, tokens[None], results["layer"])
+    lower = np.tri(len(tokens), dtype=bool)
+    for kind, values in (("scores", met.scores), ("pattern", met.pattern)):
+        size = np.abs(values[0, chosen][lower]).max()
+        seen = np.where(lower, values[0, chosen], np.nan)[1:]
+        np.testing.assert_allclose(drawn(chromium, f"text-0-{kind}"), seen, atol=2e-5 * size)
+    top = results["decomposition"][0]["terms"][0]
+    sources = results["decomposition"][0]["sources"]
+    x, y = ((sources.index(top[side]) + 0.5) / len(sources) for side in ("key", "query"))
+    said = hover(chromium, "text-0-figure-0", x, y)
+    assert f"part of the lead {top['value']:+.3f}" in said
+    assert browser.complaints(chromium) == []
+    assert all(address.startswith(("file:", "data:", "blob:")) for address in browser.requested(chromium))
+
+
+@pytest.fixture(scope="module")
+def hostile_page(results, tmp_path_factory):
+    """A page whose tokens, sentences and model name are markup."""
+    pattern = np.tril(np.random.default_rng(0).random((24, len(HOSTILE), len(HOSTILE))))
+    model = {"name": HOSTILE[1], "source": HOSTILE[2], "fingerprint": "0" * 64}
+    one = html_report.TextMaps(
+        HOSTILE[2], HOSTILE, HOSTILE[2], [(3, 2)], range(len(HOSTILE)), {"pattern": pattern},
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("hostile")
+    shown = {**results, "model": model, "sequences": results["sequences"][:1]}
+    html_report.save(html_report.induction_page(shown, [HOSTILE[1]], [one]), folder)
+    return folder / "report.html"
+
+
+def test_a_hostile_token_stays_text(chromium, hostile_page):
+    show(chromium, hostile_page)
+    assert chromium.title == f"Induction heads of {HOSTILE[1]}"
+    tokens = chromium.execute_script(
+        "return [...document.querySelectorAll('.tokens bdi')].map((one) => one.textContent)"
+    )
+    assert tokens == HOSTILE
+    assert len(chromium.find_elements("css selector", "script")) == 3
+    assert not chromium.find_elements("css selector", "img")
+    rows = len(HOSTILE) - 1
+    for query, token in enumerate(HOSTILE[1:], start=1):
+        said = hover(chromium, "text-0-pattern", 0.5 / len(HOSTILE), (query - 0.5) / rows)
+        assert " ".join(token.split()) in " ".join(said.split())
+    assert not chromium.find_elements("css selector", "#text-0-pattern tspan[style*='bold'] tspan")
+    assert browser.complaints(chromium) == []
+
+
+def test_the_policy_stops_what_escaping_might_miss(chromium, hostile_page, tmp_path):
+    page = hostile_page.read_text(encoding="utf-8")
+    bad = (
+        "<script>document.title='owned'</script><img src='http://127.0.0.1:9/x.png' onerror=\"document.title='owned'\">"
+    )
+    for number, content in enumerate((page, re.sub("<meta http-equiv[^>]*>", "", page))):
+        path = tmp_path / f"{number}.html"
+        path.write_text(content.replace("</body>", bad + "</body>"), encoding="utf-8")
+    show(chromium, tmp_path / "0.html")
+    assert chromium.title != "owned"
+    assert any("Content Security Policy" in line for line in browser.complaints(chromium))
+    show(chromium, tmp_path / "1.html")  # without the policy: what these tests look for can be seen
+    assert chromium.title == "owned"
+    assert any(address.startswith("http://127.0.0.1:9") for address in browser.requested(chromium))
