@@ -18,7 +18,7 @@ from common.interventions.edits import Edit, Intervention, Recordings
 from common.interventions.interventions import check_values, without_cells
 from common.loading import models
 from tests import architectures
-from tests.test_attribution import centred_logit
+from tests.heads.test_attribution import centred_logit
 
 FAMILIES = [*architectures.CONFIGS, *architectures.FURTHER]
 POST_NORMS = {"gemma2", "gemma3"}  # they norm what heads write before it is added

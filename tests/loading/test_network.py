@@ -14,7 +14,7 @@ import induction_head_detection as detection
 import qk_circuit_analysis as analysis
 from common.loading import models
 from tests.conftest import ROOT
-from tests.test_models import cache, put_in_cache  # noqa: F401  (a fixture)
+from tests.loading.test_models import cache, put_in_cache  # noqa: F401  (a fixture)
 
 
 @pytest.fixture
