@@ -22,7 +22,7 @@ from common.loading.escapes import escaped
 from common.results import report
 
 if TYPE_CHECKING:
-    from common.heads.sequences import Ints
+    from common.heads.tokens import Ints
     from common.loading.models import Model
 
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")  # as torch says it

@@ -19,8 +19,8 @@ import torch
 
 from common.attention.batching import in_batches
 from common.attention.trunk import BlockReader
-from common.heads.sequences import BUDGET, Battery, Cells, Floats, Ints, TokenBatch
 from common.heads.statistics import RowSums
+from common.heads.tokens import BUDGET, Battery, Cells, Floats, Ints, TokenBatch
 from common.loading.models import Model, read_patterns
 
 

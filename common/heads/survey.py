@@ -16,7 +16,7 @@ from common import UserError
 from common.heads.attribution import direct_effect, ov_copying, total_effect
 from common.heads.detection import Detection, detect
 from common.heads.scores import HeadScores, score_battery
-from common.heads.sequences import Battery, Floats, battery
+from common.heads.tokens import Battery, Floats, battery
 from common.loading.models import Model
 
 LOT = 32  # battery rows with a repeat, and as many controls

@@ -15,8 +15,8 @@ import numpy as np
 
 from common.heads.detection import Attention, Precision, attend
 from common.heads.scores import HeadScores, per_query, score
-from common.heads.sequences import Floats, Ints, TokenBatch, text_controls
 from common.heads.statistics import RowSums
+from common.heads.tokens import Floats, Ints, TokenBatch, text_controls
 from common.loading.models import Model
 
 CONTROLS = 32

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from common.heads import scores
-from common.heads.sequences import battery
 from common.heads.survey import survey
+from common.heads.tokens import battery
 from common.loading import models
 from tests.conftest import save_random_gpt2
 

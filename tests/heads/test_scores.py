@@ -8,8 +8,8 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from common.heads import scores
-from common.heads.sequences import HEAD_TYPES, TokenBatch, battery
-from tests.heads.test_sequences import slow_cells
+from common.heads.tokens import HEAD_TYPES, TokenBatch, battery
+from tests.heads.test_tokens import slow_cells
 
 ROWS = [[5, 6, 7, 5, 6, 7, 5], [9, 9, 9, 4], [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]]
 

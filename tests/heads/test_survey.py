@@ -9,9 +9,9 @@ import pytest
 
 from common.heads import scores
 from common.heads.detection import detect
-from common.heads.sequences import Battery, TokenBatch, battery
 from common.heads.statistics import RowSums
 from common.heads.survey import LOT, MOST_ROWS, measure, survey
+from common.heads.tokens import Battery, TokenBatch, battery
 from tests.handbuilt import COPY, ON_TARGETS, Role
 
 SAME_VERDICT = (*ON_TARGETS, "previous-token", "duplicate-token", "bos-sink", "uniform", "before-duplicate")

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.heads.sequences import TokenBatch, text_controls
 from common.heads.texts import CONTROLS, score_text
+from common.heads.tokens import TokenBatch, text_controls
 from tests.handbuilt import COPY, Role
-from tests.heads.test_sequences import cells_of
+from tests.heads.test_tokens import cells_of
 
 ROLES = {
     (0, 0): Role("previous-token", slot=0),

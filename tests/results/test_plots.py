@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 from common.heads.detection import Detection, by_score
 from common.heads.labels import Labels
-from common.heads.sequences import BUDGET
+from common.heads.tokens import BUDGET
 from common.results import plots
 
 TOKENS = ["BOS", "a", "·b", "c", "a", "·b"]
