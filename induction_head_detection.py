@@ -26,9 +26,9 @@ from common.results import report
 if TYPE_CHECKING:  # what loads torch, scikit-learn or matplotlib is imported where it is used: --help stays quick
     from common.heads.labels import Labels
     from common.heads.metrics import Metrics
+    from common.heads.statistics import Floats, Ints
     from common.heads.survey import Survey
     from common.heads.texts import TextScores
-    from common.heads.tokens import Floats, Ints
     from common.interventions.ablation import Ablation
     from common.loading.models import Model
 
@@ -117,7 +117,7 @@ def choose_labels(model: Model, args: argparse.Namespace) -> Labels | None:
     from common.interventions import causal
 
     measure = partial(causal.measure, model, batch_size=args.batch_size, seed=args.seed, progress=report.progress)
-    return labels.choose(args.labels, model, lambda: measure().labels())
+    return labels.choose_labels(args.labels, model, lambda: measure().labels())
 
 
 def evaluate(measured: Survey, labels: Labels | None) -> Metrics | None:

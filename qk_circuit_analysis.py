@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from common import UserError, cli
 from common.attention.head import Head
 from common.heads.detection import Detection
-from common.heads.tokens import Floats, Ints, TokenBatch
+from common.heads.statistics import Floats, Ints
+from common.heads.tokens import TokenBatch
 from common.results import report
 from common.results.chosen import Chosen, choose
 

@@ -48,8 +48,8 @@ from transformers.utils import logging as transformers_logging
 from common import UserError, cli
 from common.attention.head import Head as NamedHead
 from common.heads import labels
+from common.heads.statistics import Floats, Ints
 from common.heads.survey import survey
-from common.heads.tokens import Floats, Ints
 from common.interventions import causal
 from common.loading import models
 from common.results import report
@@ -143,7 +143,7 @@ def subjects(n_handbuilt: int, n_random: int) -> Iterator[tuple[Subject, models.
     for number in range(n_handbuilt):
         yield hand_built(FIRST_SEED + number, tokenizer)
     mini = models.load("mini")
-    known = labels.read(models.MINI / "labels.json", mini.n_layers, mini.n_heads)
+    known = labels.read_labels(models.MINI / "labels.json", mini.n_layers, mini.n_heads)
     yield Subject("mini", "mini", known.heads), mini
     for step in (*BEFORE, *FORMING):
         model = models.load(str(models.MINI.with_name("mini-checkpoints") / step))

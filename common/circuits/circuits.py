@@ -40,7 +40,7 @@ from common.circuits.qk import (
     rotate,
     written,
 )
-from common.heads.tokens import Floats, Ints
+from common.heads.statistics import Floats, Ints
 from common.loading.models import Model
 
 Pair = tuple[tuple[int, int], int]  # an earlier head (layer, head) that writes, a head of the layer that reads

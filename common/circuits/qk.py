@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 
 from common import UserError
 from common.attention.head import Head
-from common.heads.tokens import Floats, Ints
+from common.heads.statistics import Floats, Ints
 from common.loading.models import Model, watch
 
 Bools = NDArray[np.bool_]

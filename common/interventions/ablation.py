@@ -21,8 +21,7 @@ import numpy as np
 
 from common import UserError
 from common.heads.detection import Detection
-from common.heads.survey import ROW_LENGTH, Progress, silent
-from common.heads.tokens import Battery, battery, continuing
+from common.heads.tokens import ROW_LENGTH, Battery, Progress, battery, continuing, silent
 from common.interventions.bench import Bench, Reads, greedy
 from common.interventions.edits import Head, Intervention, Recordings
 from common.interventions.effects import RowMetrics, effects_with_controls, names

@@ -21,9 +21,8 @@ import numpy as np
 from common.attention.head import Head as NamedHead
 from common.heads.direct import direct_logit_effect
 from common.heads.labels import Labels
-from common.heads.statistics import interval_over_rows
-from common.heads.survey import ROW_LENGTH, Progress, silent
-from common.heads.tokens import Floats, battery, continuing
+from common.heads.statistics import Floats, interval_over_rows
+from common.heads.tokens import ROW_LENGTH, Progress, battery, continuing, silent
 from common.interventions.bench import Bench, Reads
 from common.interventions.effects import needed
 from common.loading.models import Model

@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from common.attention.head import Head as NamedHead
-from common.heads.statistics import interval_over_rows
-from common.heads.tokens import Floats, Ints, TokenBatch, continuing
+from common.heads.statistics import Floats, Ints, interval_over_rows
+from common.heads.tokens import TokenBatch, continuing
 from common.interventions.bench import Bench, Reads, sweep
 from common.interventions.edits import Head, Intervention, applied, record, run_forward
 from common.interventions.interventions import forbid

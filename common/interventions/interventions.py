@@ -34,7 +34,8 @@ import torch
 
 from common import UserError
 from common.attention.head import Head as NamedHead
-from common.heads.tokens import Cells, Ints, TokenBatch
+from common.heads.statistics import Ints
+from common.heads.tokens import Cells, TokenBatch
 from common.interventions.edits import (
     Change,
     Edit,

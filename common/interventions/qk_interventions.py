@@ -28,8 +28,8 @@ from common import UserError
 from common.attention.head import Head as NamedHead
 from common.circuits.qk import Decomposition, Interaction, interact, leads, readers
 from common.heads.detection import Detection
-from common.heads.survey import ROW_LENGTH, Progress, silent
-from common.heads.tokens import Battery, Floats, Ints, battery
+from common.heads.statistics import Floats, Ints
+from common.heads.tokens import ROW_LENGTH, Battery, Progress, battery, silent
 from common.interventions.edits import Edit, GroupedKeyEdit, Head, Intervention, Recordings, applied
 from common.interventions.effects import RowMetrics, effect, layer_matched, no_control, prefix_matching
 from common.interventions.interventions import (

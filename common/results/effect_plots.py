@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from common.attention.head import Head
 from common.heads.detection import LEAST_EFFECT
-from common.heads.tokens import Floats
+from common.heads.statistics import Floats
 from common.interventions.qk_interventions import KINDS, PATHS, THROUGH, WHOLE
 from common.results.plots import MARK
 from common.results.qk_plots import label_tokens, limit_of, outline, signed, write_values

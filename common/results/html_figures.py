@@ -15,7 +15,7 @@ import numpy as np
 
 from common.attention.head import Head
 from common.heads.detection import LEAST_EFFECT
-from common.heads.tokens import Floats
+from common.heads.statistics import Floats
 from common.results.effect_plots import COPYING, MARKERS, MOST_NAMED, TITLES, named_on_the_right
 from common.results.plots import ATTENTION, MARK, MOST_VALUES, OUTLINES
 

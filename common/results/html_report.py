@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from common.attention.head import Head
-from common.heads.tokens import Floats
+from common.heads.statistics import Floats
 from common.results import html_figures, plots
 from common.results.report import plain
 

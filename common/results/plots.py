@@ -33,7 +33,7 @@ from common.attention.head import Head
 from common.heads.detection import Detection, by_score
 from common.heads.labels import Labels
 from common.heads.metrics import agreement
-from common.heads.tokens import Floats
+from common.heads.statistics import Floats
 from common.loading.escapes import escape
 
 MARK = "#D55E00"

@@ -21,7 +21,7 @@ from matplotlib.patches import Patch, Rectangle
 from common.attention.head import Head
 from common.circuits.circuits import WAYS, Composition, Direction, HeadCircuits, Pair
 from common.circuits.qk import Decomposition, Interaction
-from common.heads.tokens import Floats
+from common.heads.statistics import Floats
 from common.results import plots
 from common.results.plots import LONGEST, MARK
 

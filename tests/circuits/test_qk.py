@@ -425,8 +425,8 @@ def test_the_induction_heads_of_mini_read_the_previous_token_head(mini):
     drawn = battery(mini.ordinary(), mini.bos, rows=8, length=64, seed=0)
     repeats = scores.score(mini, drawn.repeats, batch_size=8)
     previous = np.unravel_index(int(np.argmax(repeats.mean("previous_token"))), (mini.n_layers, mini.n_heads))
-    known = labels.read(mini.labels_file, mini.n_layers, mini.n_heads)
-    layer, head = max(known.heads, key=lambda at: repeats.mean("prefix_matching")[at])
+    known = labels.read_labels(mini.labels_file, mini.n_layers, mini.n_heads)
+    layer, head = max((head.place for head in known.heads), key=lambda at: repeats.mean("prefix_matching")[at])
     tokens = mini.encode("the quick brown fox jumps the quick brown fox jumps")
     induction = TokenBatch.of([tokens], pad=mini.bos).cells["prefix_matching"]
     cells = list(zip(induction.query.tolist(), induction.key.tolist(), strict=True))

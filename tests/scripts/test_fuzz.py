@@ -128,7 +128,7 @@ def labels_file(tmp_path_factory):
 def test_label_files_are_read_or_refused(labels_file, content):
     labels_file.write_bytes(content if isinstance(content, bytes) else content.encode())
     try:
-        found = labels.read(labels_file, 3, 4)
+        found = labels.read_labels(labels_file, 3, 4)
     except UserError as error:
         assert str(labels_file) in str(error)
         return
