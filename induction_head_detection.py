@@ -26,7 +26,7 @@ from common.results import report
 if TYPE_CHECKING:  # what loads torch, scikit-learn or matplotlib is imported where it is used: --help stays quick
     from common.heads.labels import Labels
     from common.heads.metrics import Metrics
-    from common.heads.sequences import Floats, Ints
+    from common.heads.statistics import Floats, Ints
     from common.heads.survey import Survey
     from common.heads.texts import TextScores
     from common.interventions.ablation import Ablation
@@ -65,7 +65,6 @@ def find_induction_heads(args: argparse.Namespace) -> None:
     """Load, score and decide, evaluate, look at the texts, report."""
     started = time.monotonic()
     texts = cli.chosen_texts(args, sequences)
-    from common.heads.detection import name
     from common.heads.survey import copying, survey
     from common.heads.texts import score_text
     from common.results import tables
@@ -94,7 +93,7 @@ def find_induction_heads(args: argparse.Namespace) -> None:
             "rows": measured.rows,
             "row_length": measured.length,
             "heads": heads,
-            "induction_heads": [name(*head) for head in measured.found.ranked()],
+            "induction_heads": [str(head) for head in measured.found.ranked()],
             "no_direct_path": measured.evidence.no_direct_path,
             "ablation": ablated.plain() if ablated else None,
             "metrics": vars(quality) if quality else None,
@@ -118,7 +117,7 @@ def choose_labels(model: Model, args: argparse.Namespace) -> Labels | None:
     from common.interventions import causal
 
     measure = partial(causal.measure, model, batch_size=args.batch_size, seed=args.seed, progress=report.progress)
-    return labels.choose(args.labels, model, lambda: measure().labels())
+    return labels.choose_labels(args.labels, model, lambda: measure().labels())
 
 
 def evaluate(measured: Survey, labels: Labels | None) -> Metrics | None:
@@ -203,8 +202,8 @@ def write_page(
 
 def text_panels(model: Model, measured: Survey, tokens: Ints, on_text: TextScores) -> list[tuple[str, Floats]]:
     """What to draw of a text, as (title, pattern): its strongest induction heads, and the mean over a layer's heads."""
+    from common.attention.head import Head
     from common.heads import scores
-    from common.heads.detection import name
     from common.results import tables
 
     strongest = tables.ranked_on(measured.found, on_text)[:HEADS_DRAWN]
@@ -215,7 +214,7 @@ def text_panels(model: Model, measured: Survey, tokens: Ints, on_text: TextScore
         if on_text.attention:
             score, threshold = on_text.attention.score[head], on_text.attention.threshold[head]
             said = f"prefix matching {score:.2f} (threshold {threshold:.2f})"
-        titles.append(f"head {name(*head)}, {said}")
+        titles.append(f"head {Head.at(*head)}, {said}")
     titles.append(f"layer {layer}, mean over its {model.n_heads} heads")
     return list(zip(titles, scores.patterns(model, tokens, [*strongest, (layer, None)]), strict=True))
 

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import UserError, cli
-from common.heads.detection import Detection, name
-from common.heads.sequences import Floats, Ints, TokenBatch
+from common.attention.head import Head
+from common.heads.detection import Detection
+from common.heads.statistics import Floats, Ints
+from common.heads.tokens import TokenBatch
 from common.results import report
 from common.results.chosen import Chosen, choose
 
@@ -106,7 +108,7 @@ def analyse_layer(args: argparse.Namespace) -> None:
             html_qk.save(folder, results, chosen.leading, on_page)
         results["files"] = sorted([*(path.name for path in folder.iterdir()), "results.json"])
         report.write_json(folder / "results.json", results)
-    print_summary(results, richest, name(chosen.layer, chosen.leading), out)
+    print_summary(results, richest, str(Head.at(chosen.layer, chosen.leading)), out)
     if experiments:
         cli.say_missing(experiments.missing)
 
@@ -153,7 +155,7 @@ def look(
         "maps": maps,
         "on_page": on_page,
         "decomposed": [
-            {"text": number, "head": name(chosen.layer, head), **one, "removal": removed.get(head)}
+            {"text": number, "head": str(Head.at(chosen.layer, head)), **one, "removal": removed.get(head)}
             for head, one in records.items()
         ],
     }

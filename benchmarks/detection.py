@@ -46,9 +46,9 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from common import UserError, cli
+from common.attention.head import Head as NamedHead
 from common.heads import labels
-from common.heads.detection import name
-from common.heads.sequences import Floats, Ints
+from common.heads.statistics import Floats, Ints
 from common.heads.survey import survey
 from common.interventions import causal
 from common.loading import models
@@ -143,7 +143,7 @@ def subjects(n_handbuilt: int, n_random: int) -> Iterator[tuple[Subject, models.
     for number in range(n_handbuilt):
         yield hand_built(FIRST_SEED + number, tokenizer)
     mini = models.load("mini")
-    known = labels.read(models.MINI / "labels.json", mini.n_layers, mini.n_heads)
+    known = labels.read_labels(models.MINI / "labels.json", mini.n_layers, mini.n_heads)
     yield Subject("mini", "mini", known.heads), mini
     for step in (*BEFORE, *FORMING):
         model = models.load(str(models.MINI.with_name("mini-checkpoints") / step))
@@ -304,8 +304,8 @@ class Judged:
             "length": self.length,
             "heads": self.decision.induction.size,
             **vars(self.induction),
-            "false": [f"{name(*head)} {kinds.get(head, '')}".strip() for head in sorted(said - truth)],
-            "missed_heads": [f"{name(*head)} {kinds.get(head, '')}".strip() for head in sorted(truth - said)],
+            "false": [f"{NamedHead.at(*head)} {kinds.get(head, '')}".strip() for head in sorted(said - truth)],
+            "missed_heads": [f"{NamedHead.at(*head)} {kinds.get(head, '')}".strip() for head in sorted(truth - said)],
         }
 
 
@@ -388,7 +388,7 @@ def heads_of(said: Bools) -> set[Head]:
 
 
 def listed(heads: Iterable[Head]) -> str:
-    return " ".join(name(*head) for head in sorted(heads)) or "none"
+    return " ".join(str(NamedHead.at(*head)) for head in sorted(heads)) or "none"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from common.heads.sequences import battery, continuing
+from common.heads.tokens import battery, continuing
 from common.interventions import interventions
 from common.interventions.bench import Bench, Reads, sweep
 from common.interventions.edits import Head, Intervention, Recordings, hooks_of

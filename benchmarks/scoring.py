@@ -48,7 +48,8 @@ import torch
 from common import UserError, cli
 from common.attention import batching
 from common.heads import scores
-from common.heads.sequences import HEAD_TYPES, Floats, Ints, TokenBatch, battery
+from common.heads.statistics import Floats, Ints
+from common.heads.tokens import HEAD_TYPES, TokenBatch, battery
 from common.loading import models
 from common.results import report
 

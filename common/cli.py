@@ -22,7 +22,7 @@ from common.loading.escapes import escaped
 from common.results import report
 
 if TYPE_CHECKING:
-    from common.heads.sequences import Ints
+    from common.heads.statistics import Ints
     from common.loading.models import Model
 
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")  # as torch says it
@@ -199,7 +199,7 @@ def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
 def choose_batch_size(args: argparse.Namespace, model: Model, encoded: Sequence[tuple[str, Ints]]) -> None:
     """Fill in `--batch-size auto`, for the longest of the texts and of the battery's rows."""
     from common.attention import batching
-    from common.heads.survey import ROW_LENGTH
+    from common.heads.tokens import ROW_LENGTH
 
     if args.batch_size is None:
         longest = max(ROW_LENGTH, *(len(tokens) for _, tokens in encoded))

@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from common.heads import scores
-from common.heads.sequences import Ints, TokenBatch
+from common.heads.statistics import Ints
 from common.heads.survey import survey
+from common.heads.tokens import TokenBatch
 from common.interventions import effects
 from common.interventions.interventions import forbid
 from common.loading import models

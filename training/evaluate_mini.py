@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from common.attention.head import Head
 from common.heads import scores
-from common.heads.detection import name
-from common.heads.sequences import TokenBatch, battery, continuing
+from common.heads.tokens import TokenBatch, battery, continuing
 from common.interventions import effects
 from common.loading import models
 
@@ -67,7 +67,7 @@ def report(model: models.Model, what: str, batch: TokenBatch) -> None:
     print("  head  " + "  ".join(SHOWN))
     for layer, head in np.ndindex(model.n_layers, model.n_heads):
         cells = (f"{mean[layer, head]:{len(head_type)}.2f}" for head_type, mean in zip(SHOWN, means, strict=True))
-        print(f"  {name(layer, head):4}  " + "  ".join(cells))
+        print(f"  {str(Head.at(layer, head)):4}  " + "  ".join(cells))
     repeat, fresh = split_losses(model, batch)
     print(f"  loss on repeats {repeat:.2f}, on fresh tokens {fresh:.2f}, ratio {repeat / fresh:.2f}")
 

@@ -24,6 +24,7 @@ import torch
 from transformer_lens import FactoredMatrix
 from transformer_lens.utilities import composition_scores
 
+from common.attention.head import Head
 from common.circuits.qk import (
     UNCHANGED,
     Norm,
@@ -39,8 +40,7 @@ from common.circuits.qk import (
     rotate,
     written,
 )
-from common.heads.detection import name
-from common.heads.sequences import Floats, Ints
+from common.heads.statistics import Floats, Ints
 from common.loading.models import Model
 
 Pair = tuple[tuple[int, int], int]  # an earlier head (layer, head) that writes, a head of the layer that reads
@@ -229,7 +229,7 @@ class Composition:
         place = self.senders.index(pair[0]), pair[1]
         numbers = {"score": self.scores, "baseline": self.baseline, "z": self.z}
         found = {key: float(values[way][place]) for key, values in numbers.items()}
-        return {"writes": name(*pair[0]), "reads": name(self.layer, pair[1]), **found}
+        return {"writes": str(Head.at(*pair[0])), "reads": str(Head.at(self.layer, pair[1])), **found}
 
 
 def compose(model: Model, layer: int, *, seed: int) -> Composition | None:

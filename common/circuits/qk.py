@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from common import UserError
-from common.heads.detection import name
-from common.heads.sequences import Floats, Ints
+from common.attention.head import Head
+from common.heads.statistics import Floats, Ints
 from common.loading.models import Model, watch
 
 Bools = NDArray[np.bool_]
@@ -279,8 +279,8 @@ def _largest_error(
         return float(error[worst])
     _, head, query, key = (int(place) for place in worst)
     raise UserError(
-        f"layer {layer} of {model.name} is not reproduced: head {name(layer, head)}, query {query}, key {key} has the "
-        f"{what} {theirs[worst]:.6g} in the model and {ours[worst]:.6g} by our rules (off by {error[worst]:.2g}, "
+        f"layer {layer} of {model.name} is not reproduced: head {Head.at(layer, head)}, query {query}, key {key} has "
+        f"the {what} {theirs[worst]:.6g} in the model and {ours[worst]:.6g} by our rules (off by {error[worst]:.2g}, "
         f"allowed {allowed:.2g}); no map of it is drawn"
     )
 
@@ -422,7 +422,7 @@ def written(model: Model, tokens: Ints, layer: int) -> Iterator[tuple[str, Float
         if earlier == 0:
             made = through_first_mlp(model, tokens)
             heads, mlp = heads + made, mlp - token - made.sum(0)
-        yield from ((name(earlier, head), output) for head, output in enumerate(heads))
+        yield from ((str(Head.at(earlier, head)), output) for head, output in enumerate(heads))
         yield f"mlp{earlier}", mlp
         constant = constant + bias
     yield "bias", constant
@@ -615,9 +615,9 @@ def decompose(
         found[head] = _decomposition(split[head], interaction, head, chosen, kind)
         if not found[head].error <= _sum_error(model):
             raise UserError(
-                f"the parts of head {name(interaction.layer, head)} of {model.name} do not add up to its score (off by "
-                f"{found[head].error:.2g} of its largest score, allowed {_sum_error(model):.2g}): no decomposition of "
-                "it is shown"
+                f"the parts of head {Head.at(interaction.layer, head)} of {model.name} do not add up to its score (off "
+                f"by {found[head].error:.2g} of its largest score, allowed {_sum_error(model):.2g}): no decomposition "
+                "of it is shown"
             )
     return found
 

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from common import UserError
 from common.attention.batching import in_batches
 from common.heads.direct import check_direct
-from common.heads.sequences import Cells, Floats, TokenBatch, continuing
+from common.heads.statistics import Floats
+from common.heads.tokens import Cells, TokenBatch, continuing
 from common.interventions.interventions import without_cells
 from common.loading.models import Model, read
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.heads.sequences import Cells, Floats, Ints, TokenBatch
+from common.heads.statistics import Floats, Ints
+from common.heads.tokens import Cells, TokenBatch
 from common.interventions.bench import Reads
 from common.interventions.edits import Head, Recordings, run_forward
 from common.interventions.interventions import check_same, check_values, without_cells, written

@@ -19,8 +19,8 @@ import torch
 
 from common.attention.batching import in_batches
 from common.attention.trunk import BlockReader
-from common.heads.sequences import BUDGET, Battery, Cells, Floats, Ints, TokenBatch
-from common.heads.statistics import RowSums
+from common.heads.statistics import Floats, Ints, RowSums
+from common.heads.tokens import BUDGET, Battery, Cells, TokenBatch
 from common.loading.models import Model, read_patterns
 
 
@@ -39,10 +39,6 @@ class HeadScores:
     def std(self, head_type: str) -> Floats:
         """Standard deviation over queries, [layers, heads]; NaN where no query has a cell."""
         return self.sums[head_type].std()
-
-    def row_means(self, head_type: str) -> Floats:
-        """[rows, layers, heads]; NaN for a row in which no query has a cell."""
-        return self.sums[head_type].row_means()
 
     def budget(self) -> dict[str, Floats]:
         """What a query with a target pays to each part of `BUDGET`, [layers, heads] each; the parts sum to 1."""

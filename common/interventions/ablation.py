@@ -21,8 +21,7 @@ import numpy as np
 
 from common import UserError
 from common.heads.detection import Detection
-from common.heads.sequences import Battery, battery, continuing
-from common.heads.survey import ROW_LENGTH, Progress, silent
+from common.heads.tokens import ROW_LENGTH, Battery, Progress, battery, continuing, silent
 from common.interventions.bench import Bench, Reads, greedy
 from common.interventions.edits import Head, Intervention, Recordings
 from common.interventions.effects import RowMetrics, effects_with_controls, names
@@ -75,7 +74,7 @@ class Laboratory:
     def __init__(self, model: Model, found: Detection, *, seed: int, batch_size: int):
         length = min(ROW_LENGTH, model.context)
         drawn = battery(model.ordinary(), model.bos, rows=ROWS, length=length, seed=seed, first=FIRST_ROW)
-        heads = found.ranked()
+        heads = [head.place for head in found.ranked()]
         self.heads = heads[:MOST_SINGLE]
         self.sets: list[tuple[Head, ...]] = [(head,) for head in self.heads] + (
             [tuple(heads)] if len(heads) > 1 else []

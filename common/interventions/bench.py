@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from common import UserError
-from common.heads.sequences import Floats, Ints
+from common.heads.statistics import Floats, Ints
 from common.interventions.edits import (
     POINTS,
     Enough,

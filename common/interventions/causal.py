@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from common.heads.detection import name
+from common.attention.head import Head as NamedHead
 from common.heads.direct import direct_logit_effect
 from common.heads.labels import Labels
-from common.heads.sequences import Floats, battery, continuing
-from common.heads.statistics import interval_over_rows
-from common.heads.survey import ROW_LENGTH, Progress, silent
+from common.heads.statistics import Floats, interval_over_rows
+from common.heads.tokens import ROW_LENGTH, Progress, battery, continuing, silent
 from common.interventions.bench import Bench, Reads
 from common.interventions.effects import needed
 from common.loading.models import Model
@@ -45,7 +44,7 @@ class CausalEffects:
 
     def labels(self) -> Labels:
         """The induction heads by the rule of this module."""
-        return Labels(frozenset(self.heads(+1)), self.source)
+        return Labels(frozenset(NamedHead.at(*place) for place in self.heads(+1)), self.source)
 
     def heads(self, sign: int) -> list[Head]:
         """Heads that raise (+1) or only lower (-1) the correct token by `LEAST` nats or more, surely."""
@@ -61,10 +60,10 @@ class CausalEffects:
         every_head = [(int(layer), int(head)) for layer, head in np.ndindex(*self.needed.shape[1:])]
         return {
             "source": self.source,
-            "induction_heads": [name(*head) for head in self.heads(+1)],
-            "suppression_heads": [name(*head) for head in self.heads(-1)],
+            "induction_heads": [str(NamedHead.at(*head)) for head in self.heads(+1)],
+            "suppression_heads": [str(NamedHead.at(*head)) for head in self.heads(-1)],
             "effects_in_nats_with_95_percent_intervals": {
-                name(*head): {
+                str(NamedHead.at(*head)): {
                     kind: [round(float(value[head]), 4) for value in (means[kind], *ends[kind])] for kind in effects
                 }
                 for head in every_head

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from common import UserError
-from common.heads.sequences import Ints
+from common.heads.statistics import Ints
 from common.loading.models import Model
 
 Head = tuple[int, int]

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.heads.detection import name as head_name
-from common.heads.sequences import Floats, Ints, TokenBatch, continuing
-from common.heads.statistics import interval_over_rows
+from common.attention.head import Head as NamedHead
+from common.heads.statistics import Floats, Ints, interval_over_rows
+from common.heads.tokens import TokenBatch, continuing
 from common.interventions.bench import Bench, Reads, sweep
 from common.interventions.edits import Head, Intervention, applied, record, run_forward
 from common.interventions.interventions import forbid
@@ -292,4 +292,4 @@ def _pools(heads: Sequence[Head], n_heads: int, avoid: Collection[Head]) -> dict
 
 def names(heads: Sequence[Head]) -> str:
     """`5.1 6.9`."""
-    return " ".join(head_name(*head) for head in heads)
+    return " ".join(str(NamedHead.at(*head)) for head in heads)

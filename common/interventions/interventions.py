@@ -33,8 +33,9 @@ import numpy as np
 import torch
 
 from common import UserError
-from common.heads.detection import name as head_name
-from common.heads.sequences import Cells, Ints, TokenBatch
+from common.attention.head import Head as NamedHead
+from common.heads.statistics import Ints
+from common.heads.tokens import Cells, TokenBatch
 from common.interventions.edits import (
     Change,
     Edit,
@@ -385,7 +386,7 @@ def check_values(clean: Recordings, head: Head) -> tuple[torch.Tensor, torch.Ten
     clean.fetch({(layer, point) for point in ("pattern", "v", "z")})
     pattern, values = clean.get(layer, "pattern")[:, query_head], clean.get(layer, "v")
     values = values[:, :, query_head * values.shape[2] // clean.model.n_heads]
-    complaint = f"head {head_name(*head)} does not put out the values it attends to"
+    complaint = f"head {NamedHead.at(*head)} does not put out the values it attends to"
     check_same(pattern @ values, clean.get(layer, "z")[:, :, query_head], complaint)
     return pattern, values
 
@@ -395,8 +396,8 @@ def _check_order(senders: Sequence[Head], receivers: Sequence[Head]) -> None:
         for receiver in receivers:
             if sender[0] >= receiver[0]:
                 raise UserError(
-                    f"head {head_name(*receiver)} reads nothing of head {head_name(*sender)}: the sender's layer must "
-                    "come before the receiver's"
+                    f"head {NamedHead.at(*receiver)} reads nothing of head {NamedHead.at(*sender)}: the sender's layer "
+                    "must come before the receiver's"
                 )
 
 
@@ -431,4 +432,4 @@ def _inputs(
 
 
 def _names(heads: Sequence[Head]) -> str:
-    return " ".join(head_name(*head) for head in heads)
+    return " ".join(str(NamedHead.at(*head)) for head in heads)

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 from common import UserError
+from common.attention.head import Head as NamedHead
 from common.circuits.qk import Decomposition, Interaction, interact, leads, readers
 from common.heads.detection import Detection
-from common.heads.detection import name as head_name
-from common.heads.sequences import Battery, Floats, Ints, battery
-from common.heads.survey import ROW_LENGTH, Progress, silent
+from common.heads.statistics import Floats, Ints
+from common.heads.tokens import ROW_LENGTH, Battery, Progress, battery, silent
 from common.interventions.edits import Edit, GroupedKeyEdit, Head, Intervention, Recordings, applied
 from common.interventions.effects import RowMetrics, effect, layer_matched, no_control, prefix_matching
 from common.interventions.interventions import (
@@ -97,7 +97,7 @@ class Laboratory:
         self.seed, self.batch_size = seed, batch_size
         self.settings = {
             "fingerprint": model.fingerprint, "seed": seed, "rows": ROWS, "length": length, "controls": CONTROLS,
-            "avoided": " ".join(head_name(*head) for head in self.avoid),
+            "avoided": " ".join(str(NamedHead.at(*head)) for head in self.avoid),
         }  # fmt: skip
         self.clean = Recordings(model, drawn.repeats.tokens, batch_size=batch_size)
         self.kinds = _kinds(model, drawn, self.clean, seed, batch_size)
@@ -180,12 +180,12 @@ def _kinds(model: Model, drawn: Battery, clean: Recordings, seed: int, batch_siz
 
 
 def _label(unit: Unit) -> str:
-    return f"{unit[0]} of {head_name(*unit[1])}"
+    return f"{unit[0]} of {NamedHead.at(*unit[1])}"
 
 
 def _known(effects: Sequence[dict[str, Any]], unit: Unit) -> list[dict[str, Any]]:
     """The effects of one unit among those of an earlier run."""
-    return [one for one in effects if (one["name"], one["head"]) == (unit[0], head_name(*unit[1]))]
+    return [one for one in effects if (one["name"], one["head"]) == (unit[0], str(NamedHead.at(*unit[1])))]
 
 
 def _done(laboratory: Laboratory, unit: Unit, advance: Advance, refused: dict[str, str]) -> list[dict[str, Any]]:
@@ -243,7 +243,7 @@ def _path_effects(laboratory: Laboratory, which: str, advance: Advance) -> list[
         for metric in PATH_METRICS:
             controls = [([other], changed[other][metric]) for other in others]
             one = effect(named, metric, clean[metric], changed[sender][metric], controls, seed=laboratory.seed)
-            found.append({**one.plain(), "sender": head_name(*sender)})
+            found.append({**one.plain(), "sender": str(NamedHead.at(*sender))})
     return found
 
 
@@ -281,7 +281,9 @@ def removal(model: Model, tokens: Ints, met: Interaction, head: int, split: Deco
     of the decomposition; `met`: its layer there. None where no earlier head is among the sources. Raises UserError
     where keys are normed once more, head by head: what is left of a key would then be normed anew.
     """
-    earlier = {head_name(layer, other): (layer, other) for layer in range(met.layer) for other in range(model.n_heads)}
+    earlier = {
+        str(NamedHead.at(layer, other)): (layer, other) for layer in range(met.layer) for other in range(model.n_heads)
+    }
     columns = [column for column, source in enumerate(split.sources) if source in earlier]
     if not columns:
         return None

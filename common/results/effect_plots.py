@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from common.heads.detection import LEAST_EFFECT, name
-from common.heads.sequences import Floats
+from common.attention.head import Head
+from common.heads.detection import LEAST_EFFECT
+from common.heads.statistics import Floats
 from common.interventions.qk_interventions import KINDS, PATHS, THROUGH, WHOLE
 from common.results.plots import MARK
 from common.results.qk_plots import label_tokens, limit_of, outline, signed, write_values
@@ -67,7 +68,7 @@ def scatter(axes: Axes, heads: Sequence[dict[str, Any]], title: str) -> Axes:
     size = np.maximum(score, np.abs(effect))
     named = [place for place in np.argsort(-size, kind="stable")[:MOST_NAMED] if size[place] >= LEAST_EFFECT]
     for place, right in zip(named, named_on_the_right(score[named], effect[named]), strict=True):
-        label = name(heads[place]["layer"], heads[place]["head"])
+        label = str(Head.at(heads[place]["layer"], heads[place]["head"]))
         aside = (6, -3) if right else (-20, -3)
         axes.annotate(label, (score[place], effect[place]), xytext=aside, textcoords="offset points", fontsize=8)
     axes.set(

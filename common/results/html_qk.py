@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from common.attention.head import Head
 from common.circuits.qk import Decomposition, Interaction
-from common.heads.detection import name
 from common.results import html_figures, html_report
 from common.results.html_report import TextMaps, drawn_places
 from common.results.qk_plots import grouped
@@ -42,9 +42,9 @@ def of_text(
         if isinstance(found, str):
             said = found
             continue
-        said = _sentence(name(met.layer, head), found)
+        said = _sentence(str(Head.at(met.layer, head)), found)
         names, terms = grouped(found.sources, found.terms, MOST_SOURCES)
-        title = f"What the scores of head {name(met.layer, head)} are made of"
+        title = f"What the scores of head {Head.at(met.layer, head)} are made of"
         figures[title] = html_figures.decomposition(names, terms, title)
     return TextMaps(text, tokens, said, cells, places, {"scores": scores, "pattern": pattern}, figures)
 

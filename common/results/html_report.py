@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from common.heads.detection import name
-from common.heads.sequences import Floats
+from common.attention.head import Head
+from common.heads.statistics import Floats
 from common.results import html_figures, plots
 from common.results.report import plain
 
@@ -111,7 +111,13 @@ def qk_page(results: Mapping[str, Any], chosen: int, said: Sequence[str], texts:
     shown, left_out = affordable(texts, len(results["sequences"]))
     body = [*(_paragraph(sentence) for sentence in said), _chooser(results["heads"]), _text_sections(shown, left_out)]
     return _page(
-        results, f"Layer {results['layer']} of", body, {}, results["heads"], name(results["layer"], chosen), shown
+        results,
+        f"Layer {results['layer']} of",
+        body,
+        {},
+        results["heads"],
+        str(Head.at(results["layer"], chosen)),
+        shown,
     )
 
 
@@ -201,7 +207,7 @@ def _provenance(results: Mapping[str, Any]) -> str:
 
 
 def _name(head: Mapping[str, Any]) -> str:
-    return name(head["layer"], head["head"])
+    return str(Head.at(head["layer"], head["head"]))
 
 
 def _line(head: Mapping[str, Any]) -> str:

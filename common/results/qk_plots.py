@@ -18,10 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from common.attention.head import Head
 from common.circuits.circuits import WAYS, Composition, Direction, HeadCircuits, Pair
 from common.circuits.qk import Decomposition, Interaction
-from common.heads.detection import name
-from common.heads.sequences import Floats
+from common.heads.statistics import Floats
 from common.results import plots
 from common.results.plots import LONGEST, MARK
 
@@ -216,8 +216,8 @@ def _composition(axes: Axes, found: Composition, way: str, rows: np.ndarray, lim
         )
     label_tokens(
         axes,
-        [name(*found.senders[row]) for row in rows],
-        [name(found.layer, head) for head in range(z.shape[1])],
+        [str(Head.at(*found.senders[row])) for row in rows],
+        [str(Head.at(found.layer, head)) for head in range(z.shape[1])],
     )
     axes.set(xlabel="reads", ylabel="writes")
     axes.set_title({"Q": "Q: into the query", "K": "K: into the key", "V": "V: into the value"}[way], fontsize=10)
@@ -259,7 +259,7 @@ def _circuit_panels(
         (f"token × token{apart[distance]}", values, labels, "token") for distance, values in found.by_distance.items()
     ]
     if found.composed is not None and found.sender is not None:
-        title = f"token × what {name(*found.sender)} writes of a token{next(iter(apart.values()))}"
+        title = f"token × what {Head.at(*found.sender)} writes of a token{next(iter(apart.values()))}"
         panels.append((title, found.composed, labels, "token"))
     if found.position is not None:
         shown = min(positions, MOST_POSITIONS)
@@ -289,7 +289,7 @@ def text_figures(
     """
     masked = np.where(met.rules.visible[0], met.scores[0], np.nan)
     pattern, every = met.pattern[0], len(met.pattern[0])
-    names = {head: f"head {name(met.layer, head)}" for head in range(every)}
+    names = {head: f"head {Head.at(met.layer, head)}" for head in range(every)}
     some = "" if len(heads) == every else f", {len(heads)} of its {every} heads"
     mean = f"mean over the {every} heads"
     panels = [*((names[head], masked[head]) for head in heads), (mean, masked.mean(0))]
@@ -297,11 +297,11 @@ def text_figures(
     panels = [*((names[head], pattern[head]) for head in heads), (mean, pattern.mean(0))]
     yield "patterns", plots.attention_grid(panels, tokens, cells, f"Patterns of layer {met.layer}{some}: {title}")
     for head, found in split.items():
-        stem, shown = f"head_{name(met.layer, head)}", names[head].capitalize()
+        stem, shown = f"head_{Head.at(met.layer, head)}", names[head].capitalize()
         yield stem, head_figure(masked[head], pattern[head], tokens, cells, f"{shown}: {title}")
         if not isinstance(found, str):
             title_ = f"What the scores of {names[head]} are made of: {title}"
-            yield f"decomposition_{name(met.layer, head)}", decomposition_figure(found, title_, tokens)
+            yield f"decomposition_{Head.at(met.layer, head)}", decomposition_figure(found, title_, tokens)
 
 
 def weight_figures(
@@ -312,7 +312,7 @@ def weight_figures(
 
     `tokens` are those of `circuits`, `positions` how many the text has; `title` names model and text.
     """
-    head = name(*circuits.head)
+    head = str(Head.at(*circuits.head))
     yield f"circuits_{head}", circuit_figure(circuits, tokens, positions, f"Weights of head {head}: {title}")
     if composition and pair:
         read = f"What the heads of layer {composition.layer} read of what earlier heads write: {title.split(',')[0]}"

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from common.heads.detection import Detection, by_score, name
-from common.heads.sequences import BUDGET, HEAD_TYPES
+from common.attention.head import Head
+from common.heads.detection import Detection, by_score
 from common.heads.statistics import Floats, interval_over_rows
 from common.heads.survey import Survey
 from common.heads.texts import FEW, TextScores
+from common.heads.tokens import BUDGET, HEAD_TYPES
 from common.interventions.ablation import Ablation
 
 ON_TARGETS = ("induction", "suppression", "attends-only")
@@ -43,7 +44,7 @@ def add_ablation(heads: Sequence[dict[str, Any]], ablation: Ablation | None) -> 
     """Give each head its `ablation_effect`: the rise of the loss at repeats under mean ablation, with its interval;
     None where it was not measured."""
     for head in heads:
-        one = ablation and ablation.of(name(head["layer"], head["head"]), "mean", "loss_at_repeats")
+        one = ablation and ablation.of(str(Head.at(head["layer"], head["head"])), "mean", "loss_at_repeats")
         head["ablation_effect"] = one["effect"] if one else None
         head["ablation_effect_interval"] = one["interval"] if one else (None, None)
 
@@ -61,8 +62,8 @@ def text_entry(found: Detection, text: str, tokens: Sequence[str], on_text: Text
         "text": text,
         "tokens": list(tokens),
         "queries": on_text.queries,
-        "induction_at_work": [name(*head) for head in at_work(found, on_text)],
-        "ranked": [name(*head) for head in ranked_on(found, on_text)],
+        "induction_at_work": [str(Head.at(*head)) for head in at_work(found, on_text)],
+        "ranked": [str(Head.at(*head)) for head in ranked_on(found, on_text)],
         "heads": _per_head(columns),
     }
 
@@ -70,7 +71,7 @@ def text_entry(found: Detection, text: str, tokens: Sequence[str], on_text: Text
 def ranked_on(found: Detection, on_text: TextScores) -> list[tuple[int, int]]:
     """The induction heads, highest prefix matching on this text first; as on the battery where no token repeats."""
     if on_text.attention is None:
-        return found.ranked()
+        return [head.place for head in found.ranked()]
     return [head for head in by_score(on_text.attention.score) if found.induction[head]]
 
 
@@ -85,7 +86,7 @@ def head_lines(heads: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     shown = sorted((head for head in heads if head["verdict"] in ON_TARGETS), key=lambda head: -head["prefix_matching"])
     return [
         [
-            name(head["layer"], head["head"]),
+            str(Head.at(head["layer"], head["head"])),
             f"{head['verdict']} {head['confidence']:.2f}",
             f"{head['prefix_matching']:.2f}",
             f"{head['threshold']:.2f}",
@@ -121,7 +122,7 @@ def verdict_sentence(heads: Sequence[Mapping[str, Any]], ablation: Ablation | No
     if not found:
         return "No head of this model is an induction head by this test."
     named = ", ".join(
-        f"{name(head['layer'], head['head'])} ({head['prefix_matching']:.2f})" for head in found[:MOST_PRINTED]
+        f"{Head.at(head['layer'], head['head'])} ({head['prefix_matching']:.2f})" for head in found[:MOST_PRINTED]
     )
     more = f" and {len(found) - MOST_PRINTED} more" if len(found) > MOST_PRINTED else ""
     lost = ablation_clause(ablation) if ablation else ""
@@ -152,7 +153,7 @@ def other_heads(heads: Sequence[Mapping[str, Any]]) -> str:
         [f"{len(on_targets) - MOST_PRINTED} further such heads (heads.csv)"] if len(on_targets) > MOST_PRINTED else []
     )
     for verdict in ("previous-token", "duplicate-token", "first-token"):
-        named = [name(head["layer"], head["head"]) for head in heads if head["verdict"] == verdict]
+        named = [str(Head.at(head["layer"], head["head"])) for head in heads if head["verdict"] == verdict]
         if named:
             parts.append(f"{verdict} {', '.join(named[:6])}{' …' if len(named) > 6 else ''}")
     parts.append(f"{counts['none']} of no kind named here")
@@ -168,7 +169,7 @@ def text_line(number: int, entry: Mapping[str, Any]) -> str:
     rests_on += ", which is few" if queries < FEW else ""
     if not entry["induction_at_work"]:
         return start + f"no induction head is at work ({rests_on})."
-    scores = {name(head["layer"], head["head"]): head["prefix_matching"] for head in entry["heads"]}
+    scores = {str(Head.at(head["layer"], head["head"])): head["prefix_matching"] for head in entry["heads"]}
     named = ", ".join(f"{head} ({scores[head]:.2f})" for head in entry["induction_at_work"][:6])
     return start + f"induction is at work: {named}; {rests_on}."
 
@@ -180,7 +181,7 @@ def unsure(measured: Survey) -> str | None:
     found = measured.found
     places = [(int(layer), int(head)) for layer, head in np.argwhere(found.confidence < measured.sure)]
     places.sort(key=lambda head: found.confidence[head])
-    named = ", ".join(f"{name(*head)} {found.verdict[head]} ({found.confidence[head]:.3f})" for head in places[:6])
+    named = ", ".join(f"{Head.at(*head)} {found.verdict[head]} ({found.confidence[head]:.3f})" for head in places[:6])
     return f"Not certain after {measured.rows} rows: {named}{' …' if len(places) > 6 else ''}"
 
 

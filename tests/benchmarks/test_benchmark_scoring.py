@@ -12,7 +12,7 @@ import torch
 import benchmarks.scoring as benchmark
 from benchmarks.scoring import Point
 from common.heads import scores
-from common.heads.sequences import HEAD_TYPES, battery
+from common.heads.tokens import HEAD_TYPES, battery
 
 
 @pytest.fixture(scope="module")
