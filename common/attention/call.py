@@ -109,13 +109,10 @@ class Call:
 
     def output_of(self, head: int) -> Tensor:
         """[batch, query, d_head]: what the head hands to the output projection."""
+        if self._edits.get(head, {}).keys() <= {"z"}:  # nothing before the output is edited: it is the fused one
+            return self._changed(head, "z", self._fused[:, :, head])
         value = self.value_of(head)
-        steps = self._edits.get(head, {})
-        if steps.keys() <= {"z"}:  # nothing before the output is edited: it is the fused one
-            made = self._fused[:, :, head]
-        else:
-            made = self.pattern_of(head).to(value.dtype) @ value
-        return self._changed(head, "z", made)
+        return self._changed(head, "z", self.pattern_of(head).to(value.dtype) @ value)
 
     def _changed(self, head: int, point: str, value: Tensor) -> Tensor:
         for edit in self._edits.get(head, {}).get(point, ()):
@@ -159,7 +156,7 @@ class Call:
             yield start, block
 
     def _score_blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the first query and the scores [batch, head, queries, keys] of some queries at a time, without edits."""
+        """Yield the first query and the scores [batch, head, queries, keys] of some queries at a time; no edits."""
         batch, heads, length, _ = self.q.shape
         most = BLOCK if self.q.device.type == "cpu" else BLOCK_GPU
         at_once = max(1, most // (batch * heads * self.k.shape[2]))
@@ -262,4 +259,5 @@ def _softmax(scores: Tensor, sink: Tensor | None) -> Tensor:
     if sink is not None:
         scores = torch.cat([scores, sink.float().expand(*scores.shape[:-1], 1)], -1)
         return scores.softmax(-1)[..., :-1]
-    return scores.softmax(-1).nan_to_num(0.0) if torch.isinf(scores).all(-1).any() else scores.softmax(-1)
+    made = scores.softmax(-1)
+    return made.nan_to_num(0.0) if made[..., 0].isnan().any() else made  # a row that sees nothing is NaN throughout

@@ -160,7 +160,7 @@ class Door:
             try:
                 logits = cast(Tensor, self.network(**inputs, use_cache=False).logits)
             except _Left:
-                return None
+                return None  # a run may be left below an edit, which then changes nothing that was asked for
         if missing := by_place.keys() - visit.seen:
             raise UserError(f"the edit of {Head(*min(missing), 0)} was not made: the layer shows no attention")
         return logits[0] if predictions else logits

@@ -8,7 +8,6 @@ The self-check at load compares each of them with TransformerLens' own patterns,
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from types import MethodType
 from typing import Protocol, cast
 

@@ -19,7 +19,7 @@ from common import UserError
 from common.attention.head import Head
 
 if TYPE_CHECKING:
-    from common.loading.models import Model
+    from common.loading.model import Model
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "models" / "published"
 

@@ -6,18 +6,20 @@ until every verdict's confidence reaches `SURE`, or until there are `MOST_ROWS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common import UserError
-from common.heads.attribution import direct_effect, ov_copying, total_effect
+from common.attention.batches import Advance, Progress, silent
+from common.heads.attribution import attribute, ov_copying, why_no_direct_path
 from common.heads.detection import Detection, detect
 from common.heads.scores import HeadScores, score_battery
 from common.heads.statistics import Floats
-from common.heads.tokens import ROW_LENGTH, Battery, Progress, battery, silent
-from common.loading.models import Model
+from common.heads.tokens import ROW_LENGTH, Battery, battery
+
+if TYPE_CHECKING:
+    from common.loading.model import Model
 
 LOT = 32  # battery rows with a repeat, and as many controls
 MOST_ROWS = 64  # a head whose score lies on its threshold would ask for more rows without end
@@ -86,28 +88,28 @@ def survey(
     place of their own. `progress` is entered for each lot of rows. Raises UserError if no battery can be drawn.
     """
     length = min(length, model.context)
-    steps = 2 * (LOT + EFFECT_ROWS)  # repeats and controls are scored, total and direct effects measured
+    steps = 2 * LOT + EFFECT_ROWS  # repeats and controls are scored, effects measured on some of them
+    no_direct_path = why_no_direct_path(model)
     state: Survey | None = None
     while state is None or not (state.settled or state.rows >= MOST_ROWS):
         first = state.rows if state else 0
         lot = battery(model.ordinary(), model.bos, rows=LOT, length=length, seed=seed, first=first)
         with progress(f"scoring heads, rows {first + 1} to {first + LOT}", steps) as advance:
-            evidence = gather_evidence(model, lot, batch_size=batch_size, advance=advance)
+            evidence = gather_evidence(model, lot, no_direct_path, batch_size=batch_size, advance=advance)
         evidence = state.evidence + evidence if state else evidence
         state = Survey(evidence.decide(threshold), evidence, first + LOT, length)
     return state
 
 
-def gather_evidence(model: Model, drawn: Battery, *, batch_size: int, advance: Callable[[int], None]) -> Evidence:
+def gather_evidence(
+    model: Model, drawn: Battery, no_direct_path: str | None, *, batch_size: int, advance: Advance
+) -> Evidence:
     """The evidence of one lot of rows; `advance` is told how many rows each pass has finished."""
     repeats, controls = score_battery(model, drawn, batch_size=batch_size, advance=advance)
-    some = drawn.repeats.rows(0, EFFECT_ROWS)
-    total = total_effect(model, some, batch_size=batch_size, advance=advance)
-    try:
-        direct = direct_effect(model, some, batch_size=batch_size, advance=advance)
-    except UserError as error:  # no verdict needs the direct effect, so its absence stops nothing
-        return Evidence(repeats, controls, total, np.full_like(total, np.nan), str(error))
-    return Evidence(repeats, controls, total, direct)
+    found = attribute(model, drawn.repeats.rows(0, EFFECT_ROWS), batch_size=batch_size, advance=advance)
+    # No verdict needs the direct effect, so its absence stops nothing.
+    direct = np.full_like(found.direct, np.nan) if no_direct_path else found.direct
+    return Evidence(repeats, controls, found.total, direct, no_direct_path)
 
 
 def copying(model: Model, surveyed: Survey) -> Floats:

@@ -20,7 +20,7 @@ from common.heads.statistics import Floats, Ints, RowSums
 from common.heads.tokens import TokenBatch, text_controls
 
 if TYPE_CHECKING:
-    from common.loading.models import Model
+    from common.loading.model import Model
 
 CONTROL_ROWS = 32
 FEW = 5

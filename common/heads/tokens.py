@@ -22,8 +22,6 @@ and is read at the same cells: what a head pays to them there is its null.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,15 +34,6 @@ HEAD_TYPES = ("prefix_matching", "previous_token", "duplicate_token", "first_tok
 BUDGET = ("targets", "previous", "self", "duplicates", "bos", "other")
 ROW_LENGTH = 128  # tokens of a battery row, BOS included; less where the context is shorter
 SHORTEST_ROW = 8  # BOS, a segment of two tokens twice, and some room for a gap
-
-# progress(what, total) is entered around a long run and gives a function that is told how many steps are done.
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-
-
-@contextmanager
-def silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A `Progress` that shows nothing."""
-    yield lambda steps: None
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,9 @@ def _refused(model: Model, tokens: NDArray[np.int64]) -> dict[str, str]:
             tap = (parts.projection, "input", partial(_append, read))
             model.record(tokens, {(layer, "projected")}, edits, taps=[tap])
         if torch.equal(*read):
-            return {"edits": f"'{model.name}' does not use what its heads put out in layer {layer}: no intervention acts"}
+            return {
+                "edits": f"'{model.name}' does not use what its heads put out in layer {layer}: no intervention acts"
+            }
     if not torch.equal(model.logits(tokens), before):
         return {"edits": f"'{model.name}' gives other logits after an edit was taken back: no intervention is trusted"}
     return {}

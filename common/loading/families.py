@@ -142,7 +142,7 @@ class Layer:
     """One layer of the network, in the field's names. A part that the architecture does not have is None.
 
     `attention_in` and `mlp_in` are the norms before attention and MLP, `attention_out` and `mlp_out` what writes last
-    on the way to the residual stream (the norm behind, where there is one), `projection` reads the outputs of the heads.
+    on the way to the residual stream (the norm behind, where there is one), `projection` reads the head outputs.
     `sequential`: the MLP reads the stream after attention; False where both read the same (parallel blocks).
     """
 
@@ -224,34 +224,37 @@ def parts_of(bridge: Bridge, network: nn.Module) -> Parts:
     return Parts(layers, named("pos_embed"), final, Norm.of(bridge.ln_final), _unembedding(network))
 
 
-def _layers(
-    bridge: Bridge, names: Mapping[str, _Component], blocks: Sequence[nn.Module]
-) -> Iterator[Layer]:
+def _layers(bridge: Bridge, names: Mapping[str, _Component], blocks: Sequence[nn.Module]) -> Iterator[Layer]:
     attention_names = names["attn"]
     for number, block in enumerate(blocks):
 
         def part(name: str, block: nn.Module = block) -> nn.Module | None:
             known = names.get(name)
-            found = block.get_submodule(known.name) if known and known.name else None
-            return found
+            return block.get_submodule(known.name) if known and known.name else None
 
         attention = cast(nn.Module, part("attn"))
         projection = attention.get_submodule(str(attention_names.submodules["o"].name))
         mlp = part("mlp")
-        # OPT's MLP is no module of its own: its last projection is what writes.
-        last = mlp if mlp is not None else block.get_submodule(str(names["mlp"].submodules["out"].name))
+        last = mlp
+        if mlp is None or _adds_the_stream(mlp):  # OPT's MLP is no module of its own
+            last = (mlp or block).get_submodule(str(names["mlp"].submodules["out"].name))
         yield Layer(
             block=block,
             attention=attention,
             projection=projection,
             attention_in=part("ln1"),
-            attention_out=part("ln1_post") or attention,
+            attention_out=part("ln1_post") or (projection if _adds_the_stream(attention) else attention),
             mlp_in=part("ln2"),
             mlp=mlp,
             mlp_out=part("ln2_post") or last,
             sequential=f"blocks.{number}.hook_resid_mid" in bridge.hook_dict,
             bridged=bridge.blocks[number],
         )
+
+
+def _adds_the_stream(module: nn.Module) -> bool:
+    """Whether a module is given the residual stream and adds what it makes to it: Bloom's attention and MLP do."""
+    return "residual" in inspect.signature(module.forward).parameters
 
 
 def _unembedding(network: nn.Module) -> nn.Module:

@@ -94,12 +94,12 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here ({first_line(error)}); --device cpu always can") from None
+        raise UserError(
+            f"--device {device} cannot be used here ({first_line(error)}); --device cpu always can"
+        ) from None
 
 
-def _read(
-    folder: Path, shown: str, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[PreTrainedModel, Tokenizer]:
+def _read(folder: Path, shown: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, Tokenizer]:
     """Weights and tokenizer from a local folder; UserError with the reason where they do not load."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -141,23 +141,35 @@ class Model:
         [rows, pos, d_model] that enters it; the layers below are not run.
         """
         self._allow(edits)
-        blocks = tuple(layer.block for layer in self.parts.layers)
-        begin = None if start is None else (blocks[: start[0] + 1], start[1])
         places = None if at is None else (self._ids(at[0]), self._ids(at[1]))
         with torch.no_grad():
-            found = self.door.run(self._inputs(tokens), edits=edits, rows=rows, start=begin, predictions=places)
+            found = self.door.run(
+                self._inputs(tokens), edits=edits, rows=rows, start=self._start(start), predictions=places
+            )
         assert found is not None  # it was not asked to leave
         return found
 
-    def read(self, tokens: TokenIds, reader: Callable[[int, Call], None], layers: Sequence[int] | None = None) -> None:
+    def read(
+        self,
+        tokens: TokenIds,
+        reader: Callable[[int, Call], None],
+        layers: Sequence[int] | None = None,
+        edits: Sequence[Edit] = (),
+        *,
+        rows: slice = slice(None),
+        start: tuple[int, Tensor] | None = None,
+    ) -> None:
         """Run [rows, pos] ids and show the attention of every layer, or of some, to `reader(layer, call)`.
 
         The run is left in the last of them: what follows (its output, the unembedding) is not needed.
         """
+        self._allow(edits)
         wanted = range(self.n_layers) if layers is None else layers
         readers = {Place(ONLY_STACK, layer): partial(reader, layer) for layer in wanted}
+        below = [edit for edit in edits if edit.head.layer <= max(wanted)]  # the others would never be reached
+        begin = self._start(start)
         with torch.no_grad():
-            self.door.run(self._inputs(tokens), readers=readers, last=max(readers))
+            self.door.run(self._inputs(tokens), edits=below, rows=rows, readers=readers, last=max(readers), start=begin)
 
     def record(
         self,
@@ -186,11 +198,9 @@ class Model:
             for name in asked & STREAM_POINTS.keys():
                 keep = partial(_keep_stream, found, (layer, name), tokens.shape)
                 watched.append((*self._point(layer, name), keep))
-        blocks = tuple(layer.block for layer in self.parts.layers)
-        begin = None if start is None else (blocks[: start[0] + 1], start[1])
         with torch.no_grad():
             self.door.run(
-                self._inputs(tokens), edits=edits, rows=rows, readers=readers, taps=watched, start=begin,
+                self._inputs(tokens), edits=edits, rows=rows, readers=readers, taps=watched, start=self._start(start),
                 last=self._behind(wanted),
             )  # fmt: skip
         return found
@@ -212,6 +222,9 @@ class Model:
             return Place(ONLY_STACK, last)
         above = self.parts.layers[last + 1 :]
         return above[0].block if above else self.parts.final_norm
+
+    def _start(self, start: tuple[int, Tensor] | None) -> tuple[Sequence[nn.Module], Tensor] | None:
+        return None if start is None else ([layer.block for layer in self.parts.layers[: start[0] + 1]], start[1])
 
     def _allow(self, edits: Sequence[Edit]) -> None:
         if edits and "edits" in self.refused:
