@@ -149,15 +149,22 @@ class Model:
         assert found is not None  # it was not asked to leave
         return found
 
-    def read(self, tokens: TokenIds, reader: Callable[[int, Call], None], layers: Sequence[int] | None = None) -> None:
-        """Run [rows, pos] ids and show the attention of every layer, or of some, to `reader(layer, call)`.
+    def read(
+        self,
+        tokens: TokenIds,
+        reader: Callable[[int, Call], None],
+        layers: Sequence[int] | None = None,
+        edits: Sequence[Edit] = (),
+    ) -> None:
+        """Run [rows, pos] ids under `edits`; show the attention of every layer, or of some, to `reader(layer, call)`.
 
         The run is left in the last of them: what follows (its output, the unembedding) is not needed.
         """
+        self._allow(edits)
         wanted = range(self.n_layers) if layers is None else layers
         readers = {Place(ONLY_STACK, layer): partial(reader, layer) for layer in wanted}
         with torch.no_grad():
-            self.door.run(self._inputs(tokens), readers=readers, last=max(readers))
+            self.door.run(self._inputs(tokens), edits=edits, readers=readers, last=max(readers))
 
     def record(
         self,
