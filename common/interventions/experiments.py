@@ -26,7 +26,8 @@ import numpy as np
 from common import UserError
 from common.attention.batches import Advance, Progress, silent
 from common.attention.head import Head
-from common.circuits.maps import dot_products, score_advantages
+from common.circuits.decomposition import score_advantages
+from common.circuits.maps import interact
 from common.heads.statistics import Floats, Ints
 from common.interventions.ablation import known_effects
 from common.interventions.edits import INPUTS, Intervention, Recordings, donor_rows, input_from, pattern_from, uniform
@@ -41,7 +42,6 @@ from common.interventions.effects import (
     no_control,
 )
 from common.interventions.paths import paths_into, without_source
-from common.loading.families import plain
 
 if TYPE_CHECKING:
     from common.circuits.decomposition import Decomposition
@@ -304,10 +304,7 @@ def _without(
 ) -> tuple[float, float]:
     """The mean change of score advantage and score over the cells with the source taken out of the head's key."""
     removed = without_source([source], [head], "k", Recordings(model, tokens[None]), through_first_mlp=True)
-    points = {(met.layer, "q"), (met.layer, "k")}
-    seen = model.record(tokens[None], points, removed.edits)
-    products = met.rules.scale * dot_products(plain(seen[met.layer, "q"]), plain(seen[met.layer, "k"]))
     query, key = np.array(cells).T
-    change = (products - met.products)[0, head.head]
+    change = (interact(model, tokens[None], met.layer, removed.edits).products - met.products)[0, head.head]
     advantage = score_advantages(change, met.rules.visible[0], query, key)
     return float(advantage.mean()), float(change[query, key].mean())
