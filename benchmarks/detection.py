@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Which way of detecting induction heads is right, and how often? Measured on models whose answer is known.
 
-    python benchmarks/detection.py                      # about 5 minutes on 2 CPU cores
-    python benchmarks/detection.py --models 40 --random 48
+    python -m benchmarks.detection                      # about 5 minutes on 2 CPU cores
+    python -m benchmarks.detection --models 40 --random 48
 
 Prints a table, writes it with every single decision to outputs/benchmark_detection/results.json.
 
@@ -10,7 +9,7 @@ Prints a table, writes it with every single decision to outputs/benchmark_detect
    negative controls, in which nothing is induction: randomly initialised models, and the checkpoint of `mini` from
    before induction formed. The two later checkpoints have seen a quarter of the vocabulary, and what their heads do to
    the loss on all of it lies at the edge of the rule for labels: they are listed beside labels by intervention
-   (common/causal.py) and not counted.
+   (common/interventions/causal.py) and not counted.
 2. Rows. Of 32, 64, 128 and 256 tokens, by token id. Every seed starts at `FIRST_SEED`; nothing else draws from there.
 3. Methods, each of which says for every head whether it is an induction head:
    - dynamic: what induction_head_detection.py does by default;
@@ -36,8 +35,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -46,22 +43,21 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from common import UserError, cli
-from common.attention.head import Head as NamedHead
+from common.attention.head import Head
 from common.heads import labels
 from common.heads.statistics import Floats, Ints
 from common.heads.survey import survey
+from common.heads.tokens import SHORTEST_ROW
 from common.interventions import causal
 from common.loading import models
 from common.results import report
 from tests import handbuilt
 
 Bools = NDArray[np.bool_]
-Head = tuple[int, int]
 
 PROGRAM = "benchmark_detection"
 FIRST_SEED = 1_000_000
 LENGTHS = (32, 64, 128, 256)
-SHORTEST = 8  # tokens of a row that has room for a repeat
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 LIBRARY_ROWS = 8  # rows [BOS] R R for detect_head
 SHAPES = ((2, 4, 64), (4, 8, 64), (6, 12, 96), (12, 12, 96))  # layers, heads, width of random models
@@ -109,8 +105,10 @@ def benchmark(args: argparse.Namespace) -> None:
     """Every method on every model at every row length; the summary to stdout and to a file."""
     started = time.monotonic()
     for length in args.lengths:
-        if not SHORTEST <= length < handbuilt.CONTEXT:
-            raise UserError(f"--lengths {length}: hand-built models need rows of {SHORTEST} to {handbuilt.CONTEXT - 1}")
+        if not SHORTEST_ROW <= length < handbuilt.CONTEXT:
+            raise UserError(
+                f"--lengths {length}: hand-built models need rows of {SHORTEST_ROW} to {handbuilt.CONTEXT - 1}"
+            )
     judged: list[Judged] = []
     total = args.models + args.random + len(BEFORE) + len(FORMING) + 1
     with report.output_folder(args.out) as folder:
@@ -161,9 +159,9 @@ def hand_built(seed: int, tokenizer: Any) -> tuple[Subject, models.Model]:
     subject = Subject(
         f"hand-built {seed}",
         "hand-built",
-        induction=frozenset(built.heads("induction")),
-        on_targets=frozenset(built.heads(*handbuilt.ON_TARGETS)),
-        kinds={head: role.kind for head, role in built.roles.items()},
+        induction=frozenset(Head.at(*place) for place in built.heads("induction")),
+        on_targets=frozenset(Head.at(*place) for place in built.heads(*handbuilt.ON_TARGETS)),
+        kinds={Head.at(*place): role.kind for place, role in built.roles.items()},
     )
     return subject, model
 
@@ -243,7 +241,7 @@ def said_twice(model: models.Model, length: int, seed: int) -> list[Ints]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Right and wrong decisions on some heads. Undefined cases are decided as in common.metrics.evaluate."""
+    """Right and wrong decisions on some heads. Undefined cases are decided as in common.heads.metrics.evaluate."""
 
     right: int
     wrong: int
@@ -304,8 +302,8 @@ class Judged:
             "length": self.length,
             "heads": self.decision.induction.size,
             **vars(self.induction),
-            "false": [f"{NamedHead.at(*head)} {kinds.get(head, '')}".strip() for head in sorted(said - truth)],
-            "missed_heads": [f"{NamedHead.at(*head)} {kinds.get(head, '')}".strip() for head in sorted(truth - said)],
+            "false": [f"{head} {kinds.get(head, '')}".strip() for head in sorted(said - truth)],
+            "missed_heads": [f"{head} {kinds.get(head, '')}".strip() for head in sorted(truth - said)],
         }
 
 
@@ -384,11 +382,11 @@ def print_forming(judged: Sequence[Judged]) -> None:
 
 
 def heads_of(said: Bools) -> set[Head]:
-    return {(int(layer), int(head)) for layer, head in np.argwhere(said)}
+    return {Head.at(*place) for place in np.argwhere(said)}
 
 
 def listed(heads: Iterable[Head]) -> str:
-    return " ".join(str(NamedHead.at(*head)) for head in sorted(heads)) or "none"
+    return " ".join(str(head) for head in sorted(heads)) or "none"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """What does it cost to score every head of a model? Our scoring beside a bare forward pass and the usual ways.
 
-    python benchmarks/scoring.py             # about 7 minutes on 2 CPU cores, 10 GB of memory
-    python benchmarks/scoring.py --quick     # mini alone, few rows, once
+    python -m benchmarks.scoring             # about 7 minutes on 2 CPU cores, 10 GB of memory
+    python -m benchmarks.scoring --quick     # mini alone, few rows, once
 
 Prints tables, writes every timing to outputs/benchmark_scoring/results.json and a picture beside it.
 
@@ -39,8 +38,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Let a model go on with a text, with its induction heads and without them.
 
-    python examples/continue_text.py --text "red green blue red green"
-    python examples/continue_text.py --model gpt2 --text "one two three one" --count 3 --picture one.png
+    python -m examples.continue_text --text "red green blue red green"
+    python -m examples.continue_text --model gpt2 --text "one two three one" --count 3 --picture one.png
 
 "Without" means that the heads may not attend to the tokens after earlier copies of the current one; everything else
 stays. The control takes the same cells from as many other heads of the same layers, drawn at random.
@@ -11,11 +10,8 @@ stays. The control takes the same cells from as many other heads of the same lay
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
@@ -34,7 +30,7 @@ DRAWN = 2  # heads in the picture
 def main() -> None:
     args = arguments()
     model = models.load(args.model)
-    found = survey(model, seed=args.seed, batch_size=8).found.ranked()
+    found = [head.place for head in survey(model, seed=args.seed, batch_size=8).found.ranked()]
     print(f"Induction heads: {effects.names(found) or 'none'}")
     ways = {"with all heads": (), "without the induction heads": found}
     if found and (others := effects.layer_matched(found, model.n_heads, count=1, seed=args.seed)):
