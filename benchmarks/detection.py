@@ -33,7 +33,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -47,11 +47,16 @@ from common.attention.head import Head
 from common.heads import labels
 from common.heads.statistics import Floats, Ints
 from common.heads.survey import survey
-from common.heads.tokens import SHORTEST_ROW
+from common.heads.tokens import SHORTEST
 from common.interventions import causal
 from common.loading import models
 from common.results import report
 from tests import handbuilt
+
+if TYPE_CHECKING:
+    from transformer_lens import ActivationCache
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedTokenizerBase
 
 Bools = NDArray[np.bool_]
 
@@ -105,10 +110,8 @@ def benchmark(args: argparse.Namespace) -> None:
     """Every method on every model at every row length; the summary to stdout and to a file."""
     started = time.monotonic()
     for length in args.lengths:
-        if not SHORTEST_ROW <= length < handbuilt.CONTEXT:
-            raise UserError(
-                f"--lengths {length}: hand-built models need rows of {SHORTEST_ROW} to {handbuilt.CONTEXT - 1}"
-            )
+        if not SHORTEST <= length < handbuilt.CONTEXT:
+            raise UserError(f"--lengths {length}: hand-built models need rows of {SHORTEST} to {handbuilt.CONTEXT - 1}")
     judged: list[Judged] = []
     total = args.models + args.random + len(BEFORE) + len(FORMING) + 1
     with report.output_folder(args.out) as folder:
@@ -145,13 +148,13 @@ def subjects(n_handbuilt: int, n_random: int) -> Iterator[tuple[Subject, models.
     yield Subject("mini", "mini", known.heads), mini
     for step in (*BEFORE, *FORMING):
         model = models.load(str(models.MINI.with_name("mini-checkpoints") / step))
-        known = frozenset() if step in BEFORE else causal.measure(model).labels().heads
-        yield Subject(f"mini {step}", "negative" if step in BEFORE else "forming", known), model
+        induction = frozenset() if step in BEFORE else causal.measure(model).labels().heads
+        yield Subject(f"mini {step}", "negative" if step in BEFORE else "forming", induction), model
     for number in range(n_random):
         yield random_model(number, tokenizer)
 
 
-def hand_built(seed: int, tokenizer: Any) -> tuple[Subject, models.Model]:
+def hand_built(seed: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Subject, models.Model]:
     """A model whose heads are known by construction."""
     built = handbuilt.build(seed, vocabulary=len(tokenizer))
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +169,7 @@ def hand_built(seed: int, tokenizer: Any) -> tuple[Subject, models.Model]:
     return subject, model
 
 
-def random_model(number: int, tokenizer: Any) -> tuple[Subject, models.Model]:
+def random_model(number: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Subject, models.Model]:
     """A GPT-2 as it is initialised, or with weights ten times as large, whose heads are far from uniform."""
     layers, heads, width = SHAPES[number % len(SHAPES)]
     spread = (0.02, 0.2)[number // len(SHAPES) % 2]
@@ -201,13 +204,13 @@ class GivenTokens:
     A decoded row would not always encode to the same tokens. Keeps the patterns alone, all that `detect_head` reads.
     """
 
-    def __init__(self, bridge: Any) -> None:
+    def __init__(self, bridge: TransformerBridge) -> None:
         self.bridge, self.cfg = bridge, bridge.cfg
 
     def to_tokens(self, row: Ints) -> torch.Tensor:
         return torch.from_numpy(row)[None]
 
-    def cache(self, row: Ints) -> Any:
+    def cache(self, row: Ints) -> ActivationCache:
         def is_pattern(point: str) -> bool:
             return point.endswith("attn.hook_pattern")
 
@@ -291,7 +294,7 @@ class Judged:
     def on_targets(self) -> Agreement:
         return Agreement.of(self.decision.on_targets, self.subject.on_targets or frozenset())
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> dict[str, object]:
         """For results.json: counts, and every head that was got wrong, with its kind where it is known."""
         said = heads_of(self.decision.induction)
         kinds, truth = self.subject.kinds, self.subject.induction
@@ -313,13 +316,28 @@ def judge(subject: Subject, model: models.Model, length: int, seed: int) -> list
     return [Judged(method, subject, length, decision) for method, decision in said.items()]
 
 
-def summarise(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+class Summary(TypedDict):
+    """How one method did; what the numbers are means over, step 5 above says."""
+
+    method: str
+    precision: float
+    recall: float
+    f1: float
+    by_length: dict[int, float]
+    f1_pooled: float
+    f1_on_targets: float
+    f1_mini: float
+    false_per_1000: float
+    negative_decisions: int
+
+
+def summarise(judged: Sequence[Judged]) -> list[Summary]:
     """One entry per method, in the order in which they were asked."""
     methods = dict.fromkeys(each.method for each in judged)
     return [summary(method, [each for each in judged if each.method == method]) for method in methods]
 
 
-def summary(method: str, judged: Sequence[Judged]) -> dict[str, Any]:
+def summary(method: str, judged: Sequence[Judged]) -> Summary:
     """Means over models and row lengths; `by_length` means over models; see step 5 above."""
     built = [each for each in judged if each.subject.group == "hand-built"]
     mini = [each for each in judged if each.subject.group == "mini"]
@@ -347,16 +365,16 @@ def mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
-def print_summary(summaries: Sequence[dict[str, Any]]) -> None:
+def print_summary(summaries: Sequence[Summary]) -> None:
     """The table for people."""
     lengths = list(summaries[0]["by_length"])
     columns = ["method", "prec", "rec", "F1", *map(str, lengths), "pool", "targ", "mini", "false"]
     rows = [
         [
             entry["method"],
-            *(f"{entry[key]:.2f}" for key in ("precision", "recall", "f1")),
+            *(f"{value:.2f}" for value in (entry["precision"], entry["recall"], entry["f1"])),
             *(f"{value:.2f}" for value in entry["by_length"].values()),
-            *(f"{entry[key]:.2f}" for key in ("f1_pooled", "f1_on_targets", "f1_mini")),
+            *(f"{value:.2f}" for value in (entry["f1_pooled"], entry["f1_on_targets"], entry["f1_mini"])),
             f"{entry['false_per_1000']:.1f}",
         ]
         for entry in summaries

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +55,7 @@ def random_model(size: dict[str, int]) -> models.Model:
         return models.load(folder)
 
 
-def compare(model: models.Model, rounds: int, rows: int, length: int, sampled: int) -> dict[str, Any]:
+def compare(model: models.Model, rounds: int, rows: int, length: int, sampled: int) -> dict[str, object]:
     """Seconds of both ways, round by round, and the largest difference between their results in nats."""
     batch = battery(model.ordinary(), model.bos, rows=rows, length=length, seed=0).repeats
     reads = Reads.of(batch.tokens, continuing(batch))

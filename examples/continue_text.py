@@ -10,8 +10,8 @@ stays. The control takes the same cells from as many other heads of the same lay
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from common.interventions import effects
 from common.interventions.interventions import forbid
 from common.loading import models
 from common.results import plots
+
+Places = Sequence[tuple[int, int]]  # (layer, head) of some heads
 
 DRAWN = 2  # heads in the picture
 
@@ -54,14 +56,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def grow(model: models.Model, tokens: Ints, count: int, without: Any) -> Ints:
+def grow(model: models.Model, tokens: Ints, count: int, without: Places) -> Ints:
     """The `count` likeliest next ids, the heads `without` kept from their induction cells."""
     if not without:
         return effects.continuation(model, tokens, count)
     return effects.continuation(model, tokens, count, lambda row: forbid(without, row.cells["prefix_matching"]))
 
 
-def draw(model: models.Model, tokens: Ints, count: int, heads: Any, text: str, path: Path) -> None:
+def draw(model: models.Model, tokens: Ints, count: int, heads: Places, text: str, path: Path) -> None:
     """The patterns of some heads on a text and what the model adds to it."""
     grown = np.concatenate([tokens, effects.continuation(model, tokens, count)])
     cells = TokenBatch.of([grown], pad=model.bos).cells["prefix_matching"]

@@ -61,7 +61,7 @@ class Stage:
     rows: int
     mix: dict[str, float]
     active: int = VOCABULARY
-    heads: int = CONFIG["n_head"]
+    heads: int = int(CONFIG["n_head"])
 
 
 STAGES = (
