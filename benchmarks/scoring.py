@@ -60,7 +60,7 @@ OURS, HALF = "ours", "ours, bfloat16"
 POINTS = ((1, 64), (1, 257), (1, 1024), (8, 257), (32, 257))  # rows, tokens per row
 REFERENCE = (8, 257)  # what the targets are about
 QUICK = ((2, 64), (8, 64))
-MOST_ROWS = {"base model": 32, OURS: 32}  # how many rows each way is asked to take; 8 where not named
+ROWS_TAKEN = {"base model": 32, OURS: 32}  # how many rows each way is asked to take; 8 where not named
 SEED = 0
 MEBIBYTE = 1 << 20
 
@@ -321,10 +321,10 @@ def serve(way: str, path: Path, device: str, asked: Connection) -> None:
         run(drawn_tokens(config.vocab_size, config.bos_token_id, *QUICK[0]))
         asked.send("ready")
         while (wanted := asked.recv()) is not None:
-            asked.send(measure(run, drawn_tokens(config.vocab_size, config.bos_token_id, *wanted), device))
+            asked.send(timed_run(run, drawn_tokens(config.vocab_size, config.bos_token_id, *wanted), device))
 
 
-def measure(run: Run, tokens: Ints, device: str) -> Timing:
+def timed_run(run: Run, tokens: Ints, device: str) -> Timing:
     """Time and peak of a run, with its scores if the way gives any."""
     gc.collect()
     reset_peak(device)
@@ -370,7 +370,7 @@ def timed(
     for _ in range(repeats):
         for rows, length in wanted:
             for way, connection in ways.items():
-                if rows > MOST_ROWS.get(way, 8):
+                if rows > ROWS_TAKEN.get(way, 8):
                     continue
                 wall, cpu, at_peak, _ = ask(connection, rows, length)
                 point = found.setdefault(

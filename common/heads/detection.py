@@ -37,7 +37,7 @@ LEAST_EFFECT = 0.05  # nats; a smaller effect on the logit is negligible too
 FALSE_POSITIVES = 0.01  # chance that a model without induction has a head that passes
 MOST = 0.5  # "most of its attention"
 
-TypeSums = Mapping[str, RowSums]  # per head type and part of the budget, [rows, layers, heads]
+Sums = Mapping[str, RowSums]  # per head type and part of the budget, [rows, layers, heads]
 
 VERDICTS = ("none", "first-token", "previous-token", "duplicate-token", "attends-only", "suppression", "induction")
 
@@ -115,7 +115,7 @@ def attend(repeats: RowSums, controls: RowSums, precision: Precision, *, thresho
     return Attention(score, control, limit, low, high, confidence)
 
 
-def detect(repeats: TypeSums, controls: TypeSums, effect: Floats, *, threshold: float | None = None) -> Detection:
+def detect(repeats: Sums, controls: Sums, effect: Floats, *, threshold: float | None = None) -> Detection:
     """The verdict on every head.
 
     `repeats`, `controls`: attention on battery rows and on their controls.
@@ -158,12 +158,7 @@ def _against_null(
 
 
 def _verdicts(
-    repeats: TypeSums,
-    controls: TypeSums,
-    effect: Floats,
-    weights: Floats,
-    precision: Precision,
-    threshold: float | None,
+    repeats: Sums, controls: Sums, effect: Floats, weights: Floats, precision: Precision, threshold: float | None
 ) -> NDArray[np.int64]:
     """Each head's verdict as its index in `VERDICTS`, [resamples, layers, heads]."""
 
@@ -184,7 +179,7 @@ def _verdicts(
     return np.select(list(conditions.values()), [VERDICTS.index(name) for name in conditions], VERDICTS.index("none"))
 
 
-def _budget_part(repeats: TypeSums, part: str, weights: Floats) -> Floats:
+def _budget_part(repeats: Sums, part: str, weights: Floats) -> Floats:
     """The share of its attention, in [0, 1], that a query with a target pays to `part`, [resamples, layers, heads]."""
     # Divided by all queries with a target, not by those that have a cell of this part: the parts must sum to 1.
     queries = weights @ repeats["prefix_matching"].counts

@@ -72,8 +72,8 @@ def test_time_and_peak_are_those_of_the_run():
         time.sleep(0.2)
         torch.ones(64 << 20).sum()  # 256 MiB
 
-    wall, cpu, at_peak, found = benchmark.measure(work, np.zeros((1, 1)), "cpu")
-    _, _, at_rest, _ = benchmark.measure(lambda tokens: None, np.zeros((1, 1)), "cpu")
+    wall, cpu, at_peak, found = benchmark.timed_run(work, np.zeros((1, 1)), "cpu")
+    _, _, at_rest, _ = benchmark.timed_run(lambda tokens: None, np.zeros((1, 1)), "cpu")
     assert wall > 0.2 > wall - cpu - 0.19
     assert at_peak - at_rest > 200 * benchmark.MEBIBYTE
     assert found is None
