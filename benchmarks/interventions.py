@@ -1,7 +1,7 @@
-"""Time a mean-ablation sweep over all heads: one `run_with_hooks` forward per head against `common.bench.sweep`.
+"""Time a mean-ablation sweep over all heads: one `run_with_hooks` forward per head against our `sweep`.
 
-    python benchmarks/interventions.py                 # GPT-2 small's size, random weights, a few minutes on 2 cores
-    python benchmarks/interventions.py --quick         # a tiny model, seconds: does it still run, do both agree
+    python -m benchmarks.interventions                 # GPT-2 small's size, random weights, a few minutes on 2 cores
+    python -m benchmarks.interventions --quick         # a tiny model, seconds: does it still run, do both agree
 
 Both ways read the same thing, the log-probability of the right token at repeats, and must agree. They are run in turn,
 `--rounds` times, in one process. The plain way is timed on a sample of heads, every layer alike (each of its forwards
@@ -17,10 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -59,7 +55,7 @@ def random_model(size: dict[str, int]) -> models.Model:
         return models.load(folder)
 
 
-def compare(model: models.Model, rounds: int, rows: int, length: int, sampled: int) -> dict[str, Any]:
+def compare(model: models.Model, rounds: int, rows: int, length: int, sampled: int) -> dict[str, object]:
     """Seconds of both ways, round by round, and the largest difference between their results in nats."""
     batch = battery(model.ordinary(), model.bos, rows=rows, length=length, seed=0).repeats
     reads = Reads.of(batch.tokens, continuing(batch))

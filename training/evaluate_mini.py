@@ -1,7 +1,7 @@
 """Print the figures that a model's README quotes: its heads, its losses on repeats, and a continuation.
 
-    python training/evaluate_mini.py                                   # models/mini
-    python training/evaluate_mini.py --model models/mini-checkpoints/step-0100
+    python -m training.evaluate_mini                                   # models/mini
+    python -m training.evaluate_mini --model models/mini-checkpoints/step-0100
 
 Measured on fresh random rows with a repeat and on rows made of held-out English sentences said twice. "Repeats" are the
 tokens of the second copy but its first, "fresh" all tokens before it.
@@ -10,10 +10,7 @@ tokens of the second copy but its first, "fresh" all tokens before it.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch

@@ -1,17 +1,14 @@
-"""Label a model's induction heads by intervention and write its labels.json (how: common/causal.py).
+"""Label a model's induction heads by intervention and write its labels.json (how: common/interventions/causal.py).
 
-python training/label_mini.py                        # models/mini/labels.json
-python training/label_mini.py --model FOLDER --out labels.json
+python -m training.label_mini                        # models/mini/labels.json
+python -m training.label_mini --model FOLDER --out labels.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.interventions import causal
 from common.loading import models
@@ -24,7 +21,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=models.MINI / "labels.json", help="where to write")
     args = parser.parse_args()
     content = causal.measure(models.load(args.model), progress=report.progress).as_json()
-    content["source"] += "; python training/label_mini.py"
+    content["source"] += "; python -m training.label_mini"
     args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for head, effects in content["effects_in_nats_with_95_percent_intervals"].items():
         kind = next((kind for kind in ("induction", "suppression") if head in content[f"{kind}_heads"]), "")
