@@ -9,7 +9,7 @@ Prints a table, writes it with every single decision to outputs/benchmark_detect
    negative controls, in which nothing is induction: randomly initialised models, and the checkpoint of `mini` from
    before induction formed. The two later checkpoints have seen a quarter of the vocabulary, and what their heads do to
    the loss on all of it lies at the edge of the rule for labels: they are listed beside labels by intervention
-   (common/interventions/causal.py) and not counted.
+   (common/interventions/causal_labels.py) and not counted.
 2. Rows. Of 32, 64, 128 and 256 tokens, by token id. Every seed starts at `FIRST_SEED`; nothing else draws from there.
 3. Methods, each of which says for every head whether it is an induction head:
    - dynamic: what induction_head_detection.py does by default;
@@ -48,8 +48,9 @@ from common.heads import labels
 from common.heads.statistics import Floats, Ints
 from common.heads.survey import survey
 from common.heads.tokens import SHORTEST
-from common.interventions import causal
-from common.loading import models
+from common.interventions.causal_labels import measure_causal_effects
+from common.loading import Model, load
+from common.loading.find import MINI
 from common.results import report
 from tests import handbuilt
 
@@ -137,28 +138,28 @@ def benchmark(args: argparse.Namespace) -> None:
 # --- models ---
 
 
-def subjects(n_handbuilt: int, n_random: int) -> Iterator[tuple[Subject, models.Model]]:
+def subjects(n_handbuilt: int, n_random: int) -> Iterator[tuple[Subject, Model]]:
     """The models, one at a time."""
     transformers_logging.disable_progress_bar()  # of every file that is saved
-    tokenizer = AutoTokenizer.from_pretrained(models.MINI)
+    tokenizer = AutoTokenizer.from_pretrained(MINI)
     for number in range(n_handbuilt):
         yield hand_built(FIRST_SEED + number, tokenizer)
-    mini = models.load("mini")
-    known = labels.read_labels(models.MINI / "labels.json", mini.n_layers, mini.n_heads)
+    mini = load("mini")
+    known = labels.read_labels(MINI / "labels.json", mini.n_layers, mini.n_heads)
     yield Subject("mini", "mini", known.heads), mini
     for step in (*BEFORE, *FORMING):
-        model = models.load(str(models.MINI.with_name("mini-checkpoints") / step))
-        induction = frozenset() if step in BEFORE else causal.measure(model).labels().heads
+        model = load(str(MINI.with_name("mini-checkpoints") / step))
+        induction = frozenset() if step in BEFORE else measure_causal_effects(model).labels().heads
         yield Subject(f"mini {step}", "negative" if step in BEFORE else "forming", induction), model
     for number in range(n_random):
         yield random_model(number, tokenizer)
 
 
-def hand_built(seed: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Subject, models.Model]:
+def hand_built(seed: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Subject, Model]:
     """A model whose heads are known by construction."""
     built = handbuilt.build(seed, vocabulary=len(tokenizer))
     with tempfile.TemporaryDirectory() as folder:
-        model = models.load(str(handbuilt.save(built, Path(folder), tokenizer)))
+        model = load(str(handbuilt.save(built, Path(folder), tokenizer)))
     subject = Subject(
         f"hand-built {seed}",
         "hand-built",
@@ -169,7 +170,7 @@ def hand_built(seed: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Subject, 
     return subject, model
 
 
-def random_model(number: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Subject, models.Model]:
+def random_model(number: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Subject, Model]:
     """A GPT-2 as it is initialised, or with weights ten times as large, whose heads are far from uniform."""
     layers, heads, width = SHAPES[number % len(SHAPES)]
     spread = (0.02, 0.2)[number // len(SHAPES) % 2]
@@ -181,14 +182,14 @@ def random_model(number: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Subje
     with tempfile.TemporaryDirectory() as folder:
         GPT2LMHeadModel(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        model = models.load(folder)
+        model = load(folder)
     return Subject(f"random {number}: {layers} x {heads}, spread {spread}", "negative", frozenset()), model
 
 
 # --- methods ---
 
 
-def decisions(model: models.Model, length: int, seed: int) -> dict[str, Decision]:
+def decisions(model: Model, length: int, seed: int) -> dict[str, Decision]:
     """What each method says of each head. Ours is that of induction_head_detection.py with its defaults."""
     found = survey(model, seed=seed, batch_size=8, length=length).found
     said = {OURS: Decision(found.induction, found.attends)}
@@ -218,7 +219,7 @@ class GivenTokens:
             return self.bridge.run_with_cache(self.to_tokens(row), remove_batch_dim=True, names_filter=is_pattern)[1]
 
 
-def library_scores(model: models.Model, length: int, seed: int) -> tuple[Floats, Floats]:
+def library_scores(model: Model, length: int, seed: int) -> tuple[Floats, Floats]:
     """`detect_head` for induction heads as it comes and without BOS, means over rows [BOS] R R, [layers, heads].
 
     The rows have `length` tokens, or one less where that is what BOS and a segment said twice can have.
@@ -232,7 +233,7 @@ def library_scores(model: models.Model, length: int, seed: int) -> tuple[Floats,
     return np.mean(plain, axis=0, dtype=np.float64), np.mean(without_bos, axis=0, dtype=np.float64)
 
 
-def said_twice(model: models.Model, length: int, seed: int) -> list[Ints]:
+def said_twice(model: Model, length: int, seed: int) -> list[Ints]:
     """`LIBRARY_ROWS` rows of BOS and a random segment twice."""
     rng = np.random.default_rng([seed, length])
     segments = [rng.choice(model.ordinary(), size=(length - 1) // 2, replace=False) for _ in range(LIBRARY_ROWS)]
@@ -310,7 +311,7 @@ class Judged:
         }
 
 
-def judge(subject: Subject, model: models.Model, length: int, seed: int) -> list[Judged]:
+def judge(subject: Subject, model: Model, length: int, seed: int) -> list[Judged]:
     """Every method on one model at one row length."""
     said = decisions(model, length, seed)
     return [Judged(method, subject, length, decision) for method, decision in said.items()]

@@ -44,11 +44,12 @@ import numpy as np
 import torch
 
 from common import UserError, cli
-from common.attention import batching
+from common.attention import batches
 from common.heads import scores
 from common.heads.statistics import Floats, Ints
 from common.heads.tokens import HEAD_TYPES, TokenBatch, battery
-from common.loading import models
+from common.loading import Model, load
+from common.loading.find import MINI
 from common.results import report
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def benchmark(args: argparse.Namespace) -> None:
 @contextmanager
 def subjects(*, quick: bool) -> Iterator[dict[str, Path]]:
     """Folders of the models, by the name to show."""
-    named = {"mini": models.MINI}
+    named = {"mini": MINI}
     with tempfile.TemporaryDirectory() as folder:
         if not quick:
             save_random_gpt2(Path(folder))
@@ -154,7 +155,7 @@ def save_random_gpt2(folder: Path) -> None:
 
     logging.disable_progress_bar()
     torch.manual_seed(SEED)
-    tokenizer = AutoTokenizer.from_pretrained(models.MINI)
+    tokenizer = AutoTokenizer.from_pretrained(MINI)
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.bos_token_id}
     # twice GPT-2's positions, because detect_head wants a context longer than its row
     GPT2LMHeadModel(GPT2Config(n_positions=2048, **special)).save_pretrained(folder)
@@ -192,11 +193,11 @@ def forward(path: Path, device: str) -> Run:
 
 def ours(path: Path, device: str, dtype: str = "float32") -> Run:
     """The scores, [head types, layers, heads], on rows with a repeat."""
-    model = models.load(str(path), device=device, dtype=dtype)
+    model = load(str(path), device=device, dtype=dtype)
 
     def run(tokens: Ints) -> Floats:
         rows, length = tokens.shape
-        at_once = batching.batch_size(model, length)
+        at_once = batches.batch_size(model, length)
         if rows == 1:
             found = scores.score(model, TokenBatch.of(list(tokens), pad=model.bos), batch_size=at_once)
         else:
@@ -212,7 +213,7 @@ def ours_in_bfloat16(path: Path, device: str) -> Run:
 
 
 def run_with_cache(path: Path, device: str) -> Run:
-    model = models.load(str(path), device=device)
+    model = load(str(path), device=device)
 
     def run(tokens: Ints) -> None:
         _, cache = model.bridge.run_with_cache(torch.from_numpy(tokens).to(device))
@@ -227,7 +228,7 @@ def detect_head(path: Path, device: str) -> Run:
     from transformer_lens.head_detector import HEAD_NAMES
     from transformer_lens.head_detector import detect_head as detect
 
-    model = models.load(str(path), device=device)
+    model = load(str(path), device=device)
     model.bridge.to_tokens = lambda row: torch.from_numpy(row)[None]  # rows are ids, which no text would give back
 
     def run(tokens: Ints) -> None:
@@ -239,7 +240,7 @@ def detect_head(path: Path, device: str) -> Run:
 
 
 def diagonals(path: Path, device: str) -> Run:
-    model = models.load(str(path), device=device)
+    model = load(str(path), device=device)
 
     def run(tokens: Ints) -> None:
         period = tokens.shape[1] // 2
@@ -264,7 +265,7 @@ WAYS: dict[str, Callable[[Path, str], Run]] = {
 }
 
 
-def every_id(model: models.Model) -> Ints:
+def every_id(model: Model) -> Ints:
     """Ids of the model's whole vocabulary but BOS, whatever its tokenizer holds."""
     return np.setdiff1d(np.arange(model.bridge.cfg.d_vocab), [model.bos])
 

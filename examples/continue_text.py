@@ -20,8 +20,8 @@ from common.heads.statistics import Ints
 from common.heads.survey import survey
 from common.heads.tokens import TokenBatch
 from common.interventions import effects
-from common.interventions.interventions import forbid
-from common.loading import models
+from common.interventions.edits import knockout
+from common.loading import Model, load
 from common.results import plots
 
 Places = Sequence[tuple[int, int]]  # (layer, head) of some heads
@@ -31,7 +31,7 @@ DRAWN = 2  # heads in the picture
 
 def main() -> None:
     args = arguments()
-    model = models.load(args.model)
+    model = load(args.model)
     found = [head.place for head in survey(model, seed=args.seed, batch_size=8).found.ranked()]
     print(f"Induction heads: {effects.names(found) or 'none'}")
     ways = {"with all heads": (), "without the induction heads": found}
@@ -56,14 +56,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def grow(model: models.Model, tokens: Ints, count: int, without: Places) -> Ints:
+def grow(model: Model, tokens: Ints, count: int, without: Places) -> Ints:
     """The `count` likeliest next ids, the heads `without` kept from their induction cells."""
     if not without:
         return effects.continuation(model, tokens, count)
-    return effects.continuation(model, tokens, count, lambda row: forbid(without, row.cells["prefix_matching"]))
+    return effects.continuation(model, tokens, count, lambda row: knockout(without, row.cells["prefix_matching"]))
 
 
-def draw(model: models.Model, tokens: Ints, count: int, heads: Places, text: str, path: Path) -> None:
+def draw(model: Model, tokens: Ints, count: int, heads: Places, text: str, path: Path) -> None:
     """The patterns of some heads on a text and what the model adds to it."""
     grown = np.concatenate([tokens, effects.continuation(model, tokens, count)])
     cells = TokenBatch.of([grown], pad=model.bos).cells["prefix_matching"]

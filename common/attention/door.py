@@ -220,7 +220,7 @@ def _predictions(network: nn.Module, places: tuple[Tensor, Tensor] | None) -> li
 def _passed_by(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Blocks that do nothing for the length of a `with` block."""
     for block in blocks:
-        block.forward = _nothing  # type: ignore[assignment]
+        block.forward = _nothing
     try:
         yield
     finally:

@@ -69,7 +69,7 @@ def _gpt_neo(module: nn.Module, attend: Attend) -> None:
         # GPT-Neo does not divide by the root of d_head: its weights make up for it.
         return attend(Call(self, query, key, value, visible, scale=1.0)).transpose(1, 2), None
 
-    module._attn = MethodType(attended, module)
+    module._attn = MethodType(attended, module)  # type: ignore[assignment]
 
 
 def _bloom(module: nn.Module, attend: Attend) -> None:
