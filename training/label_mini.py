@@ -1,4 +1,6 @@
-"""Label a model's induction heads by intervention and write its labels.json (how: common/interventions/causal_labels.py).
+"""Label a model's induction heads by intervention and write its labels.json.
+
+How: common/interventions/causal_labels.py.
 
 python -m training.label_mini                        # models/mini/labels.json
 python -m training.label_mini --model FOLDER --out labels.json
