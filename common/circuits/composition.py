@@ -9,7 +9,7 @@ between them, as a z-score.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,6 @@ Pair = tuple[Head, Head]  # an earlier head that writes, and a head of the layer
 WAYS = ("Q", "K", "V")
 ROTATIONS = 200  # random rotations that a composition score is compared with
 SIGNIFICANCE = 0.05  # chance of one false pair among all that are compared
-PAYS_HALF = 0.5  # attention to the previous token from which a head counts as a previous-token head here
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,11 @@ class Composition:
     """
 
     layer: int
-    senders: tuple[Head, ...]
-    scores: dict[str, Floats]
-    baseline: dict[str, Floats]
-    z: dict[str, Floats]
+    senders: tuple[Head, ...] = field(repr=False)
+    scores: dict[str, Floats] = field(repr=False)
+    baseline: dict[str, Floats] = field(repr=False)
+    z: dict[str, Floats] = field(repr=False)
     limit: float
-
-    def __repr__(self) -> str:
-        above = ", ".join(f"{(z > self.limit).sum()} in {way}" for way, z in self.z.items())
-        return f"Composition(layer {self.layer}, {len(self.senders)} earlier heads; above z {self.limit:.1f}: {above})"
 
     def strongest(self, way: str, senders: Sequence[Head], heads: Sequence[Head]) -> Pair:
         """The (sender, head) of the highest z among `senders` and `heads` of the layer."""
@@ -61,7 +56,7 @@ class Composition:
         Previous-token heads pay at least half of their attention there, by `previous_token` [layer, head]; if none
         before this layer does, the one that pays most counts.
         """
-        senders = [head for head in self.senders if previous_token[head.place] >= PAYS_HALF]
+        senders = [head for head in self.senders if previous_token[head.place] >= 0.5]
         return self.strongest("K", senders or [max(self.senders, key=lambda head: previous_token[head.place])], heads)
 
     def record(self, pair: Pair) -> dict[str, object]:

@@ -13,7 +13,7 @@ Arrays are float64 NumPy arrays on the CPU, whatever the model computes in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -130,18 +130,13 @@ class Interaction:
     """
 
     layer: int
-    q: Floats
-    k: Floats
-    products: Floats
-    scores: Floats
-    pattern: Floats
-    rules: Rules
+    q: Floats = field(repr=False)
+    k: Floats = field(repr=False)
+    products: Floats = field(repr=False)
+    scores: Floats = field(repr=False)
+    pattern: Floats = field(repr=False)
+    rules: Rules = field(repr=False)
     check: Check
-
-    def __repr__(self) -> str:
-        batch, pos, heads, _ = self.q.shape
-        error = f"off by {self.check.max_abs_error:.1e} at most"
-        return f"Interaction(layer {self.layer}: {batch} rows of {pos} tokens, {heads} heads; {error})"
 
 
 def interact(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = ()) -> Interaction:
@@ -213,17 +208,14 @@ def _see(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit]) -> tuple
 
 def _rules(call: Call, given: Mapping[str, object]) -> Rules:
     """The layer's scale, soft-cap, position bias, mask, rotation and sinks, in this call."""
-    visible, added = _mask(call)
+    visible, bias = _mask(call)
+    if call.bias is not None:
+        bias = plain(call.bias) + (0.0 if bias is None else bias)
+    sinks = None if call.sinks is None else plain(call.sinks)
     angles = cast("Sequence[torch.Tensor] | None", given.get("position_embeddings"))
-    biases = [bias for bias in (None if call.bias is None else plain(call.bias), added) if bias is not None]
-    return Rules(
-        scale=call.scale * _within(call),
-        softcap=call.softcap,
-        bias=sum(biases[1:], biases[0]) if biases else None,
-        visible=visible,
-        rotation=None if angles is None else Rotation.of([plain(part)[0] for part in angles]),
-        sinks=None if call.sinks is None else plain(call.sinks),
-    )
+    # All rows stand at the same positions, so the angles of the first hold for all.
+    rotation = None if angles is None else Rotation.of([plain(part)[0] for part in angles])
+    return Rules(call.scale * _within(call), call.softcap, bias, visible, rotation, sinks)
 
 
 def _within(call: Call) -> float:
@@ -234,18 +226,16 @@ def _within(call: Call) -> float:
 
 def _mask(call: Call) -> tuple[Bools, Floats | None]:
     """[batch, query, key]: which keys a query may see; and what the mask adds to the scores of those, or None."""
-    batch, _, queries, _ = call.q.shape
-    shape, mask = (batch, queries, call.k.shape[2]), call.mask
-    seen = np.tril(np.ones(shape[1:], dtype=bool)) if call.causal else np.ones(shape[1:], dtype=bool)
-    if mask is None:
-        return np.broadcast_to(seen, shape), None
-    if mask.dtype == torch.bool:
-        return np.broadcast_to(seen & plain(mask)[:, 0].astype(bool), shape), None
-    numbers = plain(mask)
+    visible = np.ones((len(call.q), call.q.shape[2], call.k.shape[2]), dtype=bool)
+    visible = np.tril(visible) if call.causal else visible
+    if call.mask is None:
+        return visible, None
+    if call.mask.dtype == torch.bool:
+        return visible & call.mask[:, 0].cpu().numpy(), None
     # A mask in numbers hides a key by the lowest number of its type; the others may be ALiBi (Falcon has both in one).
-    within = numbers > torch.finfo(mask.dtype).min / 2
-    added = np.where(within, numbers, 0.0)
-    return np.broadcast_to(seen & within[:, 0], shape), added if added.any() else None
+    numbers = plain(call.mask)
+    within = numbers > torch.finfo(call.mask.dtype).min / 2
+    return visible & within[:, 0], np.where(within, numbers, 0.0)
 
 
 # --- the self-check ---

@@ -297,5 +297,5 @@ def test_no_hook_is_left_behind(model_of):
 
 def test_the_repr_fits_a_screen(model_of):
     met = interact(model_of("gpt2"), TOKENS[:1], 1)
-    assert len(repr(met)) < 120 and "layer 1: 1 rows of 13 tokens" in repr(met)
+    assert len(repr(met)) < 120 and "layer=1" in repr(met)
     assert len(repr(decompose(model_of("gpt2"), TOKENS[0], met, 0, [(12, 2)]))) < 240

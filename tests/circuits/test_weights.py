@@ -19,7 +19,7 @@ def test_layer_0_without_added_positions_is_its_token_circuit(name, model_of):
     met = interact(model, TOKENS[None], 0)
     sides, embedded = sides_of(model, Head.at(0, head)), weights.read_embeddings(model, TOKENS, 0)
     for distance in (0, 1, 4):
-        circuit = weights.token_circuit(sides, embedded, met.rules, distance)
+        circuit = weights.token_circuit(*(side.read(embedded) for side in sides), met.rules, distance)
         for query in range(distance, len(TOKENS)):
             expected = met.products[0, head, query, query - distance]
             assert circuit[query, query - distance] == pytest.approx(expected, abs=1e-4)
@@ -54,8 +54,9 @@ def test_singular_directions_sum_to_the_token_circuit(model_of):
     rules = interact(model, TOKENS[None], 1).rules
     sides, embedded = sides_of(model, Head.at(1, 3)), weights.read_embeddings(model, TOKENS, 1)
     found = weights.singular_directions(sides, embedded, rules.scale, 8)
+    expected = weights.token_circuit(*(side.read(embedded) for side in sides), rules, 0)
     total = sum(np.outer(one.query, one.key) for one in found)
-    assert total == pytest.approx(weights.token_circuit(sides, embedded, rules, 0), abs=1e-6)
+    assert total == pytest.approx(expected, abs=1e-6)
     assert sum(one.share for one in found) == pytest.approx(1.0)
     assert [one.share for one in found] == sorted((one.share for one in found), reverse=True)
     assert all(one.query[np.abs(one.query).argmax()] > 0 for one in found)
