@@ -56,6 +56,7 @@ class Composition:
         Previous-token heads pay at least half of their attention there, by `previous_token` [layer, head]; if none
         before this layer does, the one that pays most counts.
         """
+        # With most of its attention there, a head can hand on little but the token before.
         senders = [head for head in self.senders if previous_token[head.place] >= 0.5]
         return self.strongest("K", senders or [max(self.senders, key=lambda head: previous_token[head.place])], heads)
 
@@ -90,6 +91,7 @@ def compose(model: Model, layer: int, *, seed: int) -> Composition | None:
         scores[way] = _scores(writing, reading)
         random = _random_scores(_spectra(writing), _spectra(reading), corners)
         baseline[way], spread = random.mean(0), random.std(0)
+        # A head of zeros has no spread: no z, rather than 0/0.
         z[way] = np.divide(scores[way] - baseline[way], spread, out=np.zeros_like(spread), where=spread > 0)
     senders = tuple(Head.at(earlier, head) for earlier in range(layer) for head in range(model.n_heads))
     limit = NormalDist().inv_cdf(1 - SIGNIFICANCE / (len(WAYS) * scores["Q"].size))
@@ -100,6 +102,7 @@ def _values_and_outputs(model: Model, layer: int) -> tuple[Floats, Floats]:
     """W_V and W_O^T of every head with the norms around them, [head, d_model, d_head]: W_OV is values · outputs^T."""
     parts = model.parts.layers[layer]
     values = np.repeat(plain(parts.weights.W_V), model.n_heads // len(parts.weights.W_V), axis=0)
+    # The scale of the norm is one number per position: it cancels in a ratio of norms.
     through = (parts.norm or UNCHANGED).linear(np.eye(model.d_model))
     return through @ values, (parts.norm_behind or UNCHANGED).linear(plain(parts.weights.W_O)).swapaxes(1, 2)
 
@@ -124,6 +127,7 @@ def _onto(near: Floats, far: Floats) -> Floats:
 
 def _scores(writing: Floats, reading: Floats) -> Floats:
     """[head that writes, head that reads]; 0 for a head of zeros."""
+    # One reader at a time: all pairs at once would be heads² · d_head² numbers.
     products = [np.linalg.norm(writing.swapaxes(1, 2) @ one, axis=(1, 2)) for one in reading]
     sizes = np.linalg.norm(writing, axis=(1, 2))[:, None] * np.linalg.norm(reading, axis=(1, 2))
     return np.divide(np.stack(products, -1), sizes, out=np.zeros_like(sizes), where=sizes > 0)

@@ -69,6 +69,7 @@ class Side:
     def read_part(self, part: Floats, typical: Floats) -> Floats:
         """What a part of the stream [pos, d_model] adds, norms at their mean scale on `typical`; no constant."""
         made = (self.before or UNCHANGED).linear(part) @ self.weight
+        # A part has no scale of its own: alone it would be blown up to the size of a whole stream.
         if self.before:
             made = made / self.before.scale(typical).mean()
         if not self.after:
@@ -82,7 +83,7 @@ class Side:
         `parts` is `linear(written) @ weight` per source; the last source also gets every constant.
         """
         parts = parts / (self.before.scale(stream) if self.before else 1.0)
-        parts[-1] += self.constant()
+        parts[-1] += self.constant()  # before the norm of the head, whose scale depends on it
         if self.after:
             parts = self.after.linear(parts) / self.after.scale(parts.sum(0))
             parts[-1] += self.after.offset
@@ -133,7 +134,7 @@ def written(model: Model, tokens: Ints, layer: int) -> Iterator[tuple[str, Float
         mlp = seen[earlier, "mlp"][0]
         if earlier == 0:
             made = through_first_mlp(model, tokens)
-            heads, mlp = heads + made, mlp - token - made.sum(0)
+            heads, mlp = heads + made, mlp - token - made.sum(0)  # so that all sources still sum to the stream
         yield from ((str(Head.at(earlier, head)), output) for head, output in enumerate(heads))
         yield f"mlp{earlier}", mlp
         constant = constant + bias
@@ -166,12 +167,14 @@ def through_first_mlp(model: Model, tokens: Ints) -> Floats:
 
 
 def _silent_in(row: int, output: Tensor, rows: slice) -> Tensor:
+    # All rows are in one run, so a head's own row is the one of its number.
     return output.index_fill(0, torch.tensor(row, device=output.device), 0.0)
 
 
 def _context(model: Model, tokens: Ints, row: int) -> Ints:
     """BOS, then the different `tokens` and as many random ones, as far as the context reaches, in random order."""
     rng = np.random.default_rng([CONTEXTS, row])
+    # Other tokens too: among a text's own few, a token would meet the same neighbours in every context.
     others = rng.choice(model.ordinary(), size=min(len(tokens), model.context - 1 - len(tokens)))
     return np.concatenate([[model.bos], rng.permutation(np.concatenate([tokens, others]))])
 
@@ -203,6 +206,7 @@ def _head_outputs(model: Model, seen: Seen, layer: int) -> tuple[Floats, Floats]
     heads = np.matmul(seen[layer, "z"][0].swapaxes(0, 1), plain(weights.W_O))
     bias = np.zeros(heads.shape[1:]) + (0.0 if weights.b_O is None else plain(weights.b_O))
     if behind:
+        # The norm acts on the sum of the heads; with its scale frozen, what is left is linear in each of them.
         scale = behind.scale(heads.sum(0) + bias)
         heads, bias = behind.linear(heads) / scale, behind.linear(bias) / scale + behind.offset
     output = seen[layer, "attention"][0]
@@ -253,18 +257,15 @@ class Decomposition:
     def record(self, count: int) -> dict[str, object]:
         """The numbers as results.json holds them, with the `count` largest terms."""
         return {
-            "cells": self.cells,
-            "cells_are": self.kind,
-            "score": self.score,
-            "score_advantage": self.score_advantage,
-            "relative_error": self.error,
-            "sources": self.sources,
+            "cells": self.cells, "cells_are": self.kind, "score": self.score, "score_advantage": self.score_advantage,
+            "relative_error": self.error, "sources": self.sources,
             "terms": [{"query": query, "key": key, "value": value} for query, key, value in self.top(count)],
-        }
+        }  # fmt: skip
 
 
 def split_heads(model: Model, tokens: Ints, layer: int, heads: Sequence[int], rules: Rules) -> dict[int, SplitHead]:
     """q and k of each of the `heads` of `layer` on one row of ids [pos], by source."""
+    # Keyed by (head, side), side 0 for queries and 1 for keys.
     sides = {(head, side): one for head in heads for side, one in enumerate(sides_of(model, Head.at(layer, head)))}
     norm = model.parts.layers[layer].norm or UNCHANGED
     names: list[str] = []
@@ -300,7 +301,7 @@ def decompose(
         chosen = cells or largest_cells(interaction.pattern[0, head], FALLBACK_CELLS)
         kind = "induction cells" if cells else "cells with most attention"
         found[head] = _decomposition(split[head], interaction, head, chosen, kind)
-        if not found[head].error <= allowed:
+        if not found[head].error <= allowed:  # NaN is refused, too
             raise UserError(
                 f"the parts of head {Head.at(interaction.layer, head)} of {model.name} do not add up to its score (off "
                 f"by {found[head].error:.2g} of its largest score, allowed {allowed:.2g}): no decomposition of it is "
@@ -322,7 +323,7 @@ def _decomposition(split: SplitHead, interaction: Interaction, head: int, cells:
         sources=split.sources,
         cells=tuple((int(a), int(b)) for a, b in cells),
         kind=kind,
-        raw=np.tensordot(q, k, axes=([1, 2], [1, 2])) / len(cells),  # the mean over cells of q·k, source by source
+        raw=np.tensordot(q, k, axes=([1, 2], [1, 2])) / len(cells),  # mean over cells of q·k, source by source
         terms=np.tensordot(q, against, axes=([1, 2], [1, 2])) / len(cells),
         score=float(products[query, key].mean()),
         score_advantage=float(advantages.mean()),
@@ -339,7 +340,7 @@ def score_advantages(products: Floats, visible: Bools, query: Ints, key: Ints) -
 def _other_keys(visible: Bools, query: Ints, key: Ints) -> Floats:
     """[cells, pos]: weights that average over the keys a query sees besides BOS and its own cells; 0 if none."""
     others = visible.copy()
-    others[:, 0] = False
+    others[:, 0] = False  # BOS takes the attention that goes nowhere: its score says nothing of the other keys
     others[query, key] = False
     return others[query] / np.maximum(others[query].sum(-1, keepdims=True), 1.0)
 
@@ -347,7 +348,7 @@ def _other_keys(visible: Bools, query: Ints, key: Ints) -> Floats:
 def largest_cells(pattern: Floats, count: int) -> list[tuple[int, int]]:
     """The `count` (query, key) cells with most attention in a pattern [query, key], BOS and first query left out."""
     candidates = np.where(np.tril(np.ones_like(pattern, dtype=bool)), pattern, -1.0)
-    candidates[:2], candidates[:, 0] = -1.0, -1.0  # BOS takes attention that goes nowhere; query 1 sees little else
+    candidates[:2], candidates[:, 0] = -1.0, -1.0  # query 1 sees BOS and itself alone
     order = np.argsort(-candidates, axis=None, kind="stable")[:count]
     cells = zip(*np.unravel_index(order, pattern.shape), strict=True)
     return [(int(query), int(key)) for query, key in cells if candidates[query, key] >= 0]

@@ -102,7 +102,7 @@ class Rules:
         """Softmax over the visible keys of each query; 0 elsewhere."""
         seen = np.where(self.visible[:, None], scores, -np.inf)
         sinks = np.full((1, 1, 1, 1), -np.inf) if self.sinks is None else self.sinks.reshape(1, -1, 1, 1)
-        highest = np.maximum(seen.max(-1, keepdims=True), sinks)
+        highest = np.maximum(seen.max(-1, keepdims=True), sinks)  # taken off, as exp overflows from 710 on
         weight = np.exp(seen - highest)
         return weight / (weight.sum(-1, keepdims=True) + np.exp(sinks - highest))
 
@@ -149,7 +149,8 @@ def interact(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = ())
     check_exists(model, layer, None)
     call, given = _see(model, tokens, layer, edits)
     rules = _rules(call, given)
-    q, k = (plain(part.transpose(1, 2)) for part in (call.queries() / _within(call), call.keys()))
+    q, k = (plain(part.transpose(1, 2)) for part in (call.queries(), call.keys()))
+    q = q / _within(call)  # in float64: a division in 16 bits would round once more
     products = rules.scale * dot_products(q, k)
     scores = rules.scores(products)
     pattern = rules.pattern(scores)
@@ -165,8 +166,8 @@ def interact(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = ())
 def export(interaction: Interaction, tokens: Ints, path: Path) -> None:
     """Write q and k [pos, head, d_head] (float32) and the ids [pos] of one row to a safetensors file."""
     arrays = {"q": interaction.q[0].astype(np.float32), "k": interaction.k[0].astype(np.float32), "tokens": tokens}
-    contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}  # safetensors writes memory as is
-    save_file(contiguous, path, {"layer": str(interaction.layer)})
+    packed = {key: np.ascontiguousarray(value) for key, value in arrays.items()}  # safetensors writes memory as it lies
+    save_file(packed, path, {"layer": str(interaction.layer)})
 
 
 def check_exists(model: Model, layer: int | None, head: int | None) -> None:
@@ -179,6 +180,7 @@ def check_exists(model: Model, layer: int | None, head: int | None) -> None:
 
 def dot_products(q: Floats, k: Floats) -> Floats:
     """[batch, head, query, key] from q and k [batch, pos, head, d_head]: every query with every key, head by head."""
+    # Named axes, because the best-known wrong map multiplies head with head and looks right on short texts.
     pattern = "batch query head d_head, batch key head d_head -> batch head query key"
     return einsum(torch.from_numpy(q), torch.from_numpy(k), pattern).numpy()
 
@@ -196,8 +198,7 @@ def _see(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit]) -> tuple
     calls: list[Call] = []
     given: dict[str, object] = {}
     module = model.parts.layers[layer].attention
-    # The call holds q and k that are rotated already: the angles are read one step before, where transformers hands
-    # them to the module.
+    # In the call q and k are rotated already, so the angles are read one step before it.
     handle = module.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
     try:
         model.read(tokens, lambda _, call: calls.append(call), [layer], edits)
@@ -227,7 +228,7 @@ def _within(call: Call) -> float:
 def _mask(call: Call) -> tuple[Bools, Floats | None]:
     """[batch, query, key]: which keys a query may see; and what the mask adds to the scores of those, or None."""
     visible = np.ones((len(call.q), call.q.shape[2], call.k.shape[2]), dtype=bool)
-    visible = np.tril(visible) if call.causal else visible
+    visible = np.tril(visible) if call.causal else visible  # no mask comes where the kernel knows it is causal
     if call.mask is None:
         return visible, None
     if call.mask.dtype == torch.bool:
@@ -243,6 +244,7 @@ def _mask(call: Call) -> tuple[Bools, Floats | None]:
 
 def _allowed(q: Floats, k: Floats, scale: float, dtype: torch.dtype) -> float:
     """The error to allow: a fixed one, or that of the model's own sums of products where those are very large."""
+    # Rounding grows with the size of the terms, which may cancel in the score itself.
     largest = float(scale * dot_products(np.abs(q), np.abs(k)).max())
     return max(largest_allowed(SCORE_ERRORS, dtype), ROUNDINGS * torch.finfo(dtype).eps * largest)
 
@@ -257,7 +259,7 @@ def _largest_error(
     ours, theirs = maps[0], plain(maps[1])
     error = np.where(visible[:, None], np.abs(ours - theirs), 0.0)
     worst = np.unravel_index(int(np.argmax(error)), error.shape)
-    if error[worst] <= allowed:
+    if error[worst] <= allowed:  # not so for NaN either, which argmax finds first
         return float(error[worst])
     _, head, query, key = (int(place) for place in worst)
     raise UserError(

@@ -78,7 +78,7 @@ def head_circuits(
     layer. Raises UserError where queries and keys cannot be read (`interact`, `sides_of`).
     """
     rules = interact(model, tokens[None], head.layer).rules
-    different = tokens[np.sort(np.unique(tokens, return_index=True)[1])][:MOST_TOKENS]
+    different = tokens[np.sort(np.unique(tokens, return_index=True)[1])][:MOST_TOKENS]  # BOS stays the first
     sides, embedded = sides_of(model, head), read_embeddings(model, different, head.layer)
     q, k = (side.read(embedded) for side in sides)
     far = [distance for distance in distances if distance < len(tokens)] if rules.rotation else [0]
@@ -109,7 +109,7 @@ def token_circuit(q: Floats, k: Floats, rules: Rules, distance: int) -> Floats:
     """
     if rules.rotation is not None:
         q = rules.rotation.turn(q, slice(distance, distance + 1))
-        k = rules.rotation.turn(k, slice(1))
+        k = rules.rotation.turn(k, slice(1))  # only the difference of positions counts, so keys stand at 0
     return rules.scale * q @ k.T
 
 
@@ -151,8 +151,9 @@ def singular_directions(sides: tuple[Side, Side], embedded: Floats, scale: float
     found = []
     for index in range(min(count, len(strengths))):
         query, key = scaled @ queries[:, index], scaled @ keys[index]
+        # Singular vectors come with either sign; without a rule it would differ from one machine to the next.
         sign = np.sign(query[np.argmax(np.abs(query))])
         share = float(strengths[index] ** 2 / (strengths**2).sum())
-        root = np.sqrt(scale * strengths[index])
+        root = np.sqrt(scale * strengths[index])  # half of the strength to each side: their product is the score
         found.append(Direction(share, sign * root * query, sign * root * key))
     return found
