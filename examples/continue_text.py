@@ -25,7 +25,8 @@ from common.heads.survey import survey
 from common.interventions import effects
 from common.interventions.interventions import forbid
 from common.loading import models
-from common.results import plots
+from common.results import draw as drawing
+from common.results import figures_heads
 
 DRAWN = 2  # heads in the picture
 
@@ -71,9 +72,10 @@ def draw(model: models.Model, tokens: Ints, count: int, heads: Any, text: str, p
     titles = [f"head {effects.names([head])}" for head in heads]
     panels = list(zip(titles, scores.patterns(model, grown, heads), strict=True))
     places = list(zip(cells.query.tolist(), cells.key.tolist(), strict=True))
-    figure = plots.attention_grid(panels, model.strings(grown), places, f"{model.name}: {text} [+ {count} tokens]")
+    title = f"{model.name}: {text} [+ {count} tokens]"
+    figure = figures_heads.token_figure("pattern", panels, model.strings(grown), places, title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    plots.save(figure, path)
+    drawing.save(figure, path)
 
 
 if __name__ == "__main__":
