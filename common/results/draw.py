@@ -44,13 +44,14 @@ def draw(figure: spec.Figure) -> Figure:
         # Rows may hold different numbers of panels: the grid is as fine as all of them need.
         columns = math.lcm(*(len(row) for row in figure.panels))
         grid = made.add_gridspec(len(figure.panels), columns, height_ratios=figure.heights)
-        panels = []
+        panels: list[Axes] = []  # all before their colour bars, so that figure.axes begins with them
+        shown = [panel for row in figure.panels for panel in row if panel is not None]
         for number, row in enumerate(figure.panels):
             width = columns // len(row)
-            for place, panel in enumerate(row):
-                if panel is not None:
-                    panels.append(made.add_subplot(grid[number, place * width : (place + 1) * width]))
-                    _panel(panels[-1], panel)
+            places = [place for place, panel in enumerate(row) if panel is not None]
+            panels += [made.add_subplot(grid[number, place * width : (place + 1) * width]) for place in places]
+        for axes, panel in zip(panels, shown, strict=True):
+            _panel(axes, panel)
         if len(panels) == 1:
             panels[0].set_title(figure.title, fontsize=11, pad=24 if figure.legend_at == "above" else None)
         else:
@@ -174,7 +175,9 @@ def _outline(axes: Axes, frame: spec.Outline) -> None:
     axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=frame.colour, linestyle=frame.line, linewidth=width,
                              zorder=3))  # fmt: skip
     if frame.name:
-        label = axes.text(frame.column - 0.44, frame.row - 0.28, frame.name, color=frame.colour, fontsize=8, zorder=4)
+        label = axes.text(
+            frame.column - 0.46, frame.row - 0.46, frame.name, color=frame.colour, fontsize=8, zorder=4, va="top"
+        )
         label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         label.set_fontweight("bold")
 

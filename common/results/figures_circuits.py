@@ -284,7 +284,7 @@ def path_figure(effects: Sequence[Row], title: str) -> Figure:
     """What the sender, an earlier head, tells the receiver: both metrics, of many senders those with the largest
     effects."""
     every = list(dict.fromkeys(one["sender"] for one in effects))
-    size = [np.nanmax(np.abs(path_values(effects, metric, every)), axis=1) for metric in PATH_TITLES]
+    size = [np.nanmax(np.abs(path_values(effects, metric, every)), axis=1, initial=0.0) for metric in PATH_TITLES]
     weight = sum(of / max(float(of.max()), 1e-9) for of in size)
     senders = [every[place] for place in np.sort(np.argsort(-weight, kind="stable")[:MOST_SENDERS])]
     panels = [path_panel(effects, metric, senders) for metric in PATH_TITLES]

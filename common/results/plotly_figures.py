@@ -96,7 +96,7 @@ def plotly(figure: Figure) -> Plain:
             bar = {"colorbar": _bar(panel.scale, across[1] + 8 / width, upwards), "showscale": True}
             next(one for one in map(_coloured, traces) if one is not None).update(bar)
         data += [{**trace, **of} for trace in traces]
-        shapes += [shape for one in panel.elements for shape in _shapes(one, f"x{axes}", f"y{axes}")]
+        shapes += [shape for one in panel.elements for shape in _shapes(one, panel, f"x{axes}", f"y{axes}")]
         middle = sum(across) / 2
         if panel.title:
             notes.append(
@@ -164,8 +164,10 @@ def _shape(panel: Panel) -> tuple[int, int]:
 
 def _axis(axis: Axis, cells: tuple[float, float]) -> Plain:
     """`cells`: where a matrix begins and ends, or (-0.5, -0.5)."""
-    made: Plain = {"title": {"text": lines(axis.label), "standoff": 6, "font": {"size": USUAL}}, "zeroline": False,
-                   "showgrid": axis.grid, "tickfont": {"size": SMALL}}  # fmt: skip
+    made: Plain = {
+        "title": {"text": lines(axis.label), "standoff": 6, "font": {"size": USUAL}}, "tickfont": {"size": SMALL},
+        "zeroline": False, "showgrid": axis.grid, "showline": True, "linecolor": "#888", "mirror": True,
+    }  # fmt: skip
     if axis.ticks is not None:
         made |= {"tickvals": [compressed(place, axis.linear_to) for place in axis.places],
                  "ticktext": [label(tick, LONGEST_TICK * 2) for tick in axis.ticks],
@@ -240,8 +242,11 @@ def _said(one: Heatmap, panel: Panel) -> list[list[str]]:
 
 def _marks(one: Marks, panel: Panel) -> Plain:
     colour = to_hex(one.colour)
-    marker: Plain = {"symbol": SYMBOLS[one.shape], "size": 1.35 * one.size, "color": colour if one.filled else "white",
-                     "line": {"color": colour, "width": 2 if one.shape == "tick" else 1}}  # fmt: skip
+    tick = one.shape == "tick"  # as long as `size` says; other marks look smaller on the page than on paper
+    marker: Plain = {
+        "symbol": SYMBOLS[one.shape], "size": one.size * (1 if tick else 1.35),
+        "color": colour if one.filled else "white", "line": {"color": colour, "width": 2 if tick else 1},
+    }  # fmt: skip
     if one.values is not None and one.scale:
         marker |= {"color": _plain(one.values), "colorscale": colours(one.scale.colours), "cmin": one.scale.low,
                    "cmax": one.scale.high, "showscale": False}  # fmt: skip
@@ -269,24 +274,27 @@ def _plain(values: Sequence[float] | np.ndarray) -> list[float | None]:
     return [float(f"{value:.7g}") if np.isfinite(value) else None for value in values]
 
 
-def _shapes(one: Element, x: str, y: str) -> Iterator[Plain]:
+def _shapes(one: Element, panel: Panel, x: str, y: str) -> Iterator[Plain]:
     """Frames around cells, lines and bands."""
     if isinstance(one, Heatmap):
         for frame in one.outlines:
+            colour = to_hex(frame.colour)
             yield {
                 "type": "rect", "xref": x, "yref": y, "x0": frame.column - 0.5, "x1": frame.column + 0.5,
                 "y0": frame.row - 0.5, "y1": frame.row + 0.5,
-                "line": {"color": to_hex(frame.colour), "width": 3, "dash": DASHES[frame.line]},
+                "line": {"color": colour, "width": 3, "dash": DASHES[frame.line]},
                 "label": {"text": frame.name, "textposition": "top left", "padding": 2,
-                          "font": {"size": 9, "color": to_hex(frame.colour)}},
+                          "font": {"size": 9, "color": colour, "shadow": "0 0 2px #fff, 0 0 2px #fff, 0 0 3px #fff"}},
             }  # fmt: skip
     if isinstance(one, Rule):
-        whole, at = (f"{y} domain", x) if one.axis == "x" else (f"{x} domain", y)
-        low, high = one.low, one.low if one.high is None else one.high
-        ends = ("x0", "x1", "y0", "y1") if one.axis == "x" else ("y0", "y1", "x0", "x1")
+        upright = one.axis == "x"
+        scale = (panel.x if upright else panel.y).linear_to
+        low, high = (compressed(end, scale) for end in (one.low, one.low if one.high is None else one.high))
+        ends = ("x0", "x1", "y0", "y1") if upright else ("y0", "y1", "x0", "x1")
         yield {
-            "type": "line" if one.high is None else "rect", "layer": "below" if one.high is not None else "between",
-            "xref": at if one.axis == "x" else whole, "yref": whole if one.axis == "x" else at,
+            "type": "line" if one.high is None else "rect",
+            "layer": "above" if any(_shape(panel)) else "below",  # a matrix would hide what is below
+            "xref": x if upright else f"{x} domain", "yref": f"{y} domain" if upright else y,
             **dict(zip(ends, (low, high, 0, 1), strict=True)), "fillcolor": to_hex(one.colour),
             "line": {"color": to_hex(one.colour), "width": 1},
         }  # fmt: skip
