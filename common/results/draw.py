@@ -25,14 +25,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter
 
 from common.heads.statistics import Floats
 from common.loading.escapes import escape
 from common.results import spec
 
 FONT = "DejaVu Sans"
-LONGEST_LABEL = 24  # characters of one token on an axis
 SHAPES = {"circle": "o", "square": "s", "triangle-down": "v", "triangle-up": "^", "diamond": "D", "tick": "|"}
 
 
@@ -52,7 +50,7 @@ def draw(figure: spec.Figure) -> Figure:
             panels += [made.add_subplot(grid[number, place * width : (place + 1) * width]) for place in places]
         for axes, panel in zip(panels, shown, strict=True):
             _panel(axes, panel)
-        if len(panels) == 1:
+        if len(panels) == 1 and not shown[0].title:
             panels[0].set_title(figure.title, fontsize=11, pad=24 if figure.legend_at == "above" else None)
         else:
             made.suptitle(figure.title, fontsize=11)
@@ -60,7 +58,9 @@ def draw(figure: spec.Figure) -> Figure:
             made.supxlabel(figure.caption, fontsize=8)
         if figure.legend:
             _legend(made, panels[0], figure)
-        _make_legible(made)
+        for text in made.findobj(Text):
+            if isinstance(text, Text):
+                text.set_text(legible(text.get_text()))
     return made
 
 
@@ -83,16 +83,6 @@ def legible(text: str, most: int | None = None) -> str:
         char if char == "\n" or (char.isprintable() and ord(char) in known) else escape(char) for char in text
     )
     return shown if most is None or len(shown) <= most else shown[: most - 1] + "…"
-
-
-def _make_legible(figure: Figure) -> None:
-    # Tick labels are written anew from their formatter whenever the figure is drawn, so the formatter changes too.
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-        if isinstance(labels := axis.get_major_formatter(), FixedFormatter):
-            axis.set_major_formatter(FixedFormatter([legible(label, LONGEST_LABEL) for label in labels.seq]))
-    for text in figure.findobj(Text):
-        if isinstance(text, Text):
-            text.set_text(legible(text.get_text()))
 
 
 def _panel(axes: Axes, panel: spec.Panel) -> None:
@@ -124,7 +114,9 @@ def _axis(
         scale("symlog", linthresh=axis.linear_to)
     if axis.ticks is not None:
         size = 6 if len(axis.ticks) > 32 else 8 if coloured else 9
-        ticks(list(axis.places), list(axis.ticks), rotation=90 if axis.turned else 0, fontsize=size)
+        # Legible here: matplotlib writes tick labels anew from these whenever it draws.
+        labels = [legible(tick, spec.LONGEST_TICK) for tick in axis.ticks]
+        ticks(list(axis.places), labels, rotation=90 if axis.turned else 0, fontsize=size)
     label(axis.label)
     if axis.limits:  # after the ticks, which would move them
         limits(axis.limits)

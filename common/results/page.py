@@ -41,7 +41,7 @@ from common.results.figures_heads import (
     number,
     numbers,
 )
-from common.results.plotly_figures import LONGEST_TICK, colours, label, plotly
+from common.results.plotly_figures import colours, label, plotly
 from common.results.report import plain
 from common.results.spec import MARK, Figure
 
@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # what loads torch
 FILE = "report.html"
 MOST_TEXTS = 24  # texts in one page
 MOST_PACKED = 8_000_000  # characters of packed maps in one page
+LONGEST_TOKEN = 16  # characters of a token on an axis; hovering shows more of it
 FULL = 32767
 MISSING = -32768
 HERE = Path(__file__).parent
@@ -263,7 +264,7 @@ def _text_data(one: TextMaps) -> dict[str, object]:
     tokens = [one.tokens[place] for place in one.places]
     return {
         "labels": [label(token) for token in tokens],
-        "short": [label(token, LONGEST_TICK) for token in tokens],
+        "short": [label(token, LONGEST_TOKEN) for token in tokens],
         "places": list(one.places),
         "cells": [[at[query], at[key]] for query, key in one.cells if query in at and key in at],
         "maps": {kind: pack(maps) for kind, maps in one.maps.items()},

@@ -16,14 +16,27 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from common.results.spec import Axis, Bars, Element, Entry, Figure, Heatmap, Line, Marks, Panel, Rule, Scale
+from common.results.spec import (
+    LONGEST_TICK,
+    Axis,
+    Bars,
+    Element,
+    Entry,
+    Figure,
+    Heatmap,
+    Line,
+    Marks,
+    Panel,
+    Rule,
+    Scale,
+)
 
 Plain = dict[str, object]
 
-INCH = 80  # pixels; the fonts below are legible beside it
+INCH = 80  # pixels, with which the fonts below are legible
+WIDEST = 1180  # pixels that the page has room for; wider figures shrink to it
 LETTER = 6.2  # pixels of one letter of `SMALL`, on average
 SMALL, USUAL = 10, 12
-LONGEST_TICK = 16  # characters of a label on an axis; hovering shows more of it
 DASHES = {"-": "solid", "--": "dash", ":": "dot"}
 SYMBOLS = {"circle": "circle", "square": "square", "triangle-down": "triangle-down", "triangle-up": "triangle-up",
            "diamond": "diamond", "tick": "line-ns", "frame": "square-open", "patch": "square"}  # fmt: skip
@@ -65,11 +78,12 @@ class Box(NamedTuple):
 
 def plotly(figure: Figure) -> Plain:
     """The figure as {data, layout}."""
-    width, entries = figure.width * INCH, _legend_rows(figure)
+    inch = min(INCH, max(INCH / 2, WIDEST / figure.width))
+    width, entries = figure.width * inch, _legend_rows(figure)
     captions = figure.caption.count("\n") + 1 if figure.caption else 0
     head = 14 + 17 * (figure.title.count("\n") + 1)
     foot = 8 + 18 * entries + 14 * captions
-    height = max(figure.height * INCH, 150.0) + (foot if entries + captions > 2 else 0)
+    height = max(figure.height * inch, 150.0) + (foot if entries + captions > 2 else 0)
     data: list[Plain] = []
     layout: Plain = {
         "width": round(width), "height": round(height), "margin": {"l": 0, "r": 0, "t": 0, "b": 0, "autoexpand": False},
@@ -139,7 +153,7 @@ def _boxes(figure: Figure, whole: Box) -> Iterator[tuple[Panel, Box]]:
 
 def _inner(panel: Panel, box: Box) -> Box:
     """The room of the cells alone: without labels, title and colour bar; cells as wide as high where that is asked."""
-    longest = (LETTER * max((min(len(tick), LONGEST_TICK * 2) for tick in axis.ticks or ("0.00",)), default=0)
+    longest = (LETTER * max((min(len(tick), LONGEST_TICK) for tick in axis.ticks or ("0.00",)), default=0)
                for axis in (panel.y, panel.x))  # fmt: skip
     beside, below = longest
     left = box.left + beside + (36 if panel.y.label else 16)
@@ -170,7 +184,7 @@ def _axis(axis: Axis, cells: tuple[float, float]) -> Plain:
     }  # fmt: skip
     if axis.ticks is not None:
         made |= {"tickvals": [compressed(place, axis.linear_to) for place in axis.places],
-                 "ticktext": [label(tick, LONGEST_TICK * 2) for tick in axis.ticks],
+                 "ticktext": [label(tick, LONGEST_TICK) for tick in axis.ticks],
                  "tickangle": -90 if axis.turned else 0}  # fmt: skip
     if axis.limits or cells[0] != cells[1]:
         made["range"] = [compressed(end, axis.linear_to) for end in axis.limits or cells]
@@ -209,7 +223,7 @@ def _heatmap(one: Heatmap, panel: Panel) -> list[Plain]:
             "type": "heatmap", "x": list(range(columns))[part], "y": list(range(rows)), "xgap": 1, "ygap": 1,
             "z": [_plain(row[part]) for row in one.values], "zmin": scale.low, "zmax": scale.high,
             "hovertext": [[lines(text) for text in row[part]] for row in hover], "hoverinfo": "text",
-            "hoverongaps": False, "colorscale": colours(scale.colours), "showscale": False,
+            "hoverongaps": False, "colorscale": colours(scale.colours), "showscale": False, "showlegend": False,
         }  # fmt: skip
         if one.texts is not None:
             bold = one.bold if one.bold is not None else np.zeros(one.values.shape, dtype=bool)

@@ -18,6 +18,7 @@ from common.heads.statistics import Floats
 # Okabe and Ito's palette: told apart by colour-blind readers, and in print
 MARK = "#D55E00"
 BLUE = "#0072B2"
+LONGEST_TICK = 28  # characters of a label on an axis: our own are no longer, tokens may be
 
 Stroke = Literal["-", "--", ":"]
 Corner = Literal["below", "above", "lower right", "lower left", "upper left"]

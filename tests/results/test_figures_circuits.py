@@ -75,10 +75,10 @@ def test_cells_are_outlined_where_they_are_drawn_and_tokens_stand_on_both_axes()
 def test_a_long_text_is_cut_to_a_window_and_says_so():
     cells = [(query, query - 30) for query in range(150, 170)]
     figure = figures_heads.token_figure("scores", [("head 1.0", masked_scores(pos=200))], ["t"] * 200, cells, "title")
-    axes = draw(figure).axes[0]
-    assert axes.images[0].get_array().shape == (48, 49)
-    assert len(outlines(axes)) >= 15
-    assert "of 199" in axes.get_title()
+    drawn = draw(figure)
+    assert drawn.axes[0].images[0].get_array().shape == (48, 49)
+    assert len(outlines(drawn.axes[0])) >= 15
+    assert "of 199" in drawn.get_suptitle()
 
 
 def test_a_short_text_carries_its_values_and_a_long_one_does_not():
