@@ -142,9 +142,10 @@ def _element(axes: Axes, one: spec.Element, panel: spec.Panel) -> ScalarMappable
 
 
 def _heatmap(axes: Axes, one: spec.Heatmap, aspect: Literal["equal", "auto"]) -> ScalarMappable:
-    image = _image(axes, one.inside, one.scale, aspect)
+    first = np.arange(one.values.shape[1]) == 0  # the BOS column, where it has a scale of its own
+    image = _image(axes, np.where(first, np.nan, one.values) if one.bos else one.values, one.scale, aspect)
     if one.bos:
-        _image(axes, np.where(np.arange(one.values.shape[1]) == 0, one.values, np.nan), one.bos, aspect)
+        _image(axes, np.where(first, one.values, np.nan), one.bos, aspect)
     if one.gaps:
         rows, columns = one.values.shape
         axes.hlines(np.arange(1, rows) - 0.5, -0.5, columns - 0.5, color="white", linewidth=0.5)

@@ -19,23 +19,8 @@ from common.heads.detection import LEAST_EFFECT, Detection, by_score
 from common.heads.labels import Labels
 from common.heads.metrics import agreement
 from common.heads.statistics import Floats
-from common.results.spec import (
-    BLUE,
-    MARK,
-    Axis,
-    Bars,
-    Element,
-    Entry,
-    Figure,
-    Heatmap,
-    Line,
-    Marks,
-    Outline,
-    Panel,
-    Rule,
-    Scale,
-    Stroke,
-)
+from common.results import spec
+from common.results.spec import BLUE, MARK, Axis, Entry, Figure, Heatmap, Marks, Outline, Panel, Rule, Scale
 
 Row = Mapping[str, Any]  # of a table in results.json: numbers, words, intervals by column
 Places = Sequence[tuple[int, int]]  # (query, key)
@@ -48,21 +33,14 @@ MOST_HEADS = 40  # heads that stay legible in one list
 MOST_VALUES = 400  # heads up to which the mosaic carries numbers
 MOST_NAMED = 14  # heads named among the marks of a scatter
 HABIT = 0.4  # the best-known fixed threshold
-VERDICTS_SHOWN: dict[
-    str, tuple[str, Stroke, str, str]
-] = {  # verdict -> colour and line of its frame, shape of its mark, what the legend says
+# verdict -> colour and line of its frame, shape of its mark, what the legend says
+VERDICTS_SHOWN: dict[str, tuple[str, spec.Stroke, str, str]] = {
     "induction": (MARK, "-", "circle", "induction head: attends to the token after an earlier copy, and raises it"),
     "suppression": ("#882255", "--", "triangle-down", "suppression head: attends to it, and lowers it"),
     "attends-only": ("black", ":", "diamond", "attends to it, and does neither"),
 }
-BUDGET_COLOURS = {
-    "targets": MARK,
-    "previous": BLUE,
-    "self": "#56B4E9",
-    "duplicates": "#009E73",
-    "bos": "0.75",
-    "other": "0.9",
-}
+BUDGET_COLOURS = {"targets": MARK, "previous": BLUE, "self": "#56B4E9", "duplicates": "#009E73", "bos": "0.75",
+                  "other": "0.9"}  # fmt: skip
 ABLATIONS = {
     "mean": "mean ablation: the head's output is its mean in control rows",
     "forbid": "attention knockout: no attention to the tokens after earlier copies",
@@ -77,21 +55,17 @@ def mosaic_figure(found: Detection, title: str) -> Figure:
     layers, heads = found.score.shape
     texts, hover = np.full((layers, heads), "", dtype="<U4"), np.full((layers, heads), "", dtype=object)
     for place, score in np.ndenumerate(found.score):
-        hover[place] = f"head {Head.at(*place)}\n{found.verdict[place]}\nprefix matching {number(float(score))}"
+        hover[place] = f"head {Head.at(*place)}\n{found.verdict[place]}\nprefix matching {number(score)}"
         if found.score.size <= MOST_VALUES and np.isfinite(score):
             texts[place] = f"{score:.2f}"
-    outlines = [
-        Outline(int(layer), int(head), colour, line, str(Head.at(layer, head)))
-        for verdict, (colour, line, _, _) in VERDICTS_SHOWN.items()
-        for layer, head in np.argwhere(found.verdict == verdict)
-    ]
-    scale = Scale(
-        ATTENTION, 0.0, 1.0, "prefix matching: attention to the tokens\nafter earlier copies of the current one"
-    )
-    heatmap = Heatmap(found.score, scale, outlines, texts, hover=hover, gaps=True)
+    outlines, legend = [], []
+    for verdict, (colour, line, _, said) in VERDICTS_SHOWN.items():
+        of = [Head.at(*place) for place in np.argwhere(found.verdict == verdict)]
+        outlines += [Outline(*head.place, colour, line, str(head)) for head in of]
+        legend += [Entry(said, "frame", colour, line)] if of else []
+    label = "prefix matching: attention to the tokens\nafter earlier copies of the current one"
+    heatmap = Heatmap(found.score, Scale(ATTENTION, 0.0, 1.0, label), outlines, texts, hover=hover, gaps=True)
     x, y = Axis("head", [str(head) for head in range(heads)]), Axis("layer", [str(layer) for layer in range(layers)])
-    seen = [shown for verdict, shown in VERDICTS_SHOWN.items() if (found.verdict == verdict).any()]
-    legend = [Entry(said, "frame", colour, line) for colour, line, _, said in seen]
     # 0.62 inches hold a number of two digits and the head's name above it
     width, height = max(7.0, 0.62 * heads + 3), max(3.4, 0.42 * layers + 1.8)
     return Figure(title, [[Panel(x, y, [heatmap])]], width, height, legend)
@@ -100,71 +74,54 @@ def mosaic_figure(found: Detection, title: str) -> Figure:
 def threshold_figure(found: Detection, title: str) -> Figure:
     """Each head's score against its own null and its own threshold, highest score on top."""
     heads = by_score(found.score)[:MOST_HEADS]
-    names, rows = [str(Head.at(*head)) for head in heads], np.arange(len(heads), dtype=float)
-    score, control, limit = (
-        np.array([of[head] for head in heads]) for of in (found.score, found.control, found.threshold)
-    )
-    passed = np.array([bool(found.induction[head]) for head in heads])
-    hover = [f"head {name}\nprefix matching {number(float(score[at]))}\nthreshold {number(float(limit[at]))}\n"
-             f"control rows {number(float(control[at]))}" for at, name in enumerate(names)]  # fmt: skip
-
-    def marks(along: Floats, some: Floats, shape: str, colour: str, size: float = 6, filled: bool = True) -> Marks:
-        at = np.flatnonzero(some)
-        said, of = [hover[place] for place in at], [names[place] for place in at]
-        return Marks(along[at].tolist(), rows[at].tolist(), shape, colour, size, filled, hover=said, heads=of)
-
-    every = np.ones(len(heads), dtype=bool)
-    gap = np.full(len(heads), np.nan)
-    elements: list[Element] = [
-        Line(np.stack([control, score, gap], 1).ravel().tolist(), np.repeat(rows, 3).tolist(), "0.8"),
-        marks(control, every, "circle", "0.45", 5, filled=False),
-        marks(score, passed, "circle", MARK),
-        marks(score, ~passed, "square", "0.35"),
-        marks(limit, every, "tick", "black", 11),
-    ]
-    legend = [
-        *([Entry("score: induction head", "circle", MARK)] if passed.any() else []),
-        *([Entry("score: no induction head", "square", "0.35")] if not passed.all() else []),
-        Entry("its threshold", "tick", "black"),
-        Entry("control rows, no repeat", "circle", "0.45", filled=False),
-    ]
-    left_out = found.score.size - len(heads)
-    label = "head" + (f" (the {len(heads)} highest of {found.score.size})" if left_out else "")
+    names, passed = [str(Head.at(*head)) for head in heads], np.array([found.induction[head] for head in heads])
+    drawn = (found.score, found.control, found.threshold)
+    score, control, limit = (np.array([of[head] for head in heads]) for of in drawn)
+    rows, every = np.arange(len(heads)), np.ones(len(heads), dtype=bool)
+    between = np.stack([control, score, np.full(len(heads), np.nan)], axis=1)
+    elements: list[spec.Element] = [spec.Line(between.ravel().tolist(), np.repeat(rows, 3).tolist(), "0.8")]
+    legend = []
+    for some, along, said, shape, colour, size, filled in (
+        (every, control, "control rows, no repeat", "circle", "0.45", 5, False),
+        (passed, score, "score: induction head", "circle", MARK, 6, True),
+        (~passed, score, "score: no induction head", "square", "0.35", 6, True),
+        (every, limit, "its threshold", "tick", "black", 11, True),
+    ):
+        at, of = along[some].tolist(), [name for name, here in zip(names, some, strict=True) if here]
+        elements.append(Marks(at, rows[some].tolist(), shape, colour, size, filled, heads=of))
+        legend += [Entry(said, shape, colour, filled=filled)] if of else []
+    cut = f" (the {len(heads)} highest of {found.score.size})" if len(heads) < found.score.size else ""
     x = Axis("prefix matching (share of attention, 0 to 1)", limits=(-0.02, 1.02), grid=True)
-    return Figure(
-        title, [[Panel(x, listed(names, label), elements)]], 8.0, 0.24 * len(heads) + 1.6, legend, "lower right"
-    )
+    panel, height = Panel(x, listed(names, "head" + cut), elements), 0.24 * len(heads) + 1.6
+    return Figure(title, [[panel]], 8.0, height, legend, "lower right")
 
 
 def budget_figure(found: Detection, paid: Mapping[str, Floats], title: str) -> Figure:
     """Where each head's attention goes at queries that have a target, highest score on top; the parts sum to 1."""
     heads = by_score(found.score)[:MOST_HEADS]
     names = [f"{'' if found.verdict[head] == 'none' else found.verdict[head] + '  '}{Head.at(*head)}" for head in heads]
-    bars, legend, left = [], [], np.zeros(len(heads))
+    bars, left = [], np.zeros(len(heads))
     for part, colour in BUDGET_COLOURS.items():
-        width, said = np.array([paid[part][head] for head in heads]), "BOS" if part == "bos" else part
-        bars.append(
-            Bars(left, width, colour, [f"{name}\n{said} {of:.3f}" for name, of in zip(names, width, strict=True)])
-        )
-        legend.append(Entry(said, "patch", colour))
+        width = np.array([paid[part][head] for head in heads])
+        bars.append(spec.Bars(left, width, colour))
         left = left + width
-    x = Axis("share of attention, mean over queries with a target", limits=(0.0, 1.0))
-    height = 0.24 * len(heads) + 1.8
-    return Figure(title, [[Panel(x, listed(names), bars)]], 9.0, height, legend, "above", len(legend))
+    legend = [Entry("BOS" if part == "bos" else part, "patch", colour) for part, colour in BUDGET_COLOURS.items()]
+    panel = Panel(Axis("share of attention, mean over queries with a target", limits=(0.0, 1.0)), listed(names), bars)
+    return Figure(title, [[panel]], 9.0, 0.24 * len(heads) + 1.8, legend, "above", len(legend))
 
 
 def precision_recall_figure(found: Detection, labels: Labels, title: str) -> Figure:
     """Precision against recall of every fixed threshold on the score, and of each head's own."""
     truth = labels.mask(found.score.shape)
     precision, recall, _ = precision_recall_curve(truth.ravel(), found.score.ravel())
-    elements: list[Element] = [Line(recall.tolist(), precision.tolist(), "0.45", steps=True)]
+    elements: list[spec.Element] = [spec.Line(recall.tolist(), precision.tolist(), "0.45", steps=True)]
     legend = [Entry("one fixed threshold for all heads, any value", "line", "0.45")]
     for detected, shape, colour, said in (
         (found.score >= HABIT, "square", "0.2", f"fixed threshold {HABIT}, the habit of the field"),
         (found.induction, "circle", MARK, "this run's verdicts"),
     ):
         precise, recalled, f1 = agreement(truth, detected)
-        elements.append(Marks([recalled], [precise], shape, colour, 9.0, hover=[f"{said}\nF1 {f1:.2f}"]))
+        elements.append(Marks([recalled], [precise], shape, colour, 9.0))
         legend.append(Entry(f"{said} (F1 {f1:.2f})", shape, colour))
     panel = Panel(Axis("recall", limits=(-0.03, 1.03)), Axis("precision", limits=(-0.03, 1.06)), elements)
     title += f"\n{textwrap.shorten(labels.source, 90, placeholder=' …')}"
@@ -189,51 +146,40 @@ def effect_figure(heads: Sequence[Row], title: str) -> Figure:
     order = sorted(range(len(shown)), key=lambda place: -size[place])[:MOST_NAMED]
     named = [shown[place] for place in order if size[place] >= LEAST_EFFECT]
     sides = dict(zip(map(name_of, named), named_on_the_right(*_scatter_places(named)), strict=True))
-    band = Rule("y", -LEAST_EFFECT, LEAST_EFFECT, "0.95")
-    elements: list[Element] = [band, Rule("y", 0.0)]
+    elements: list[spec.Element] = [Rule("y", -LEAST_EFFECT, LEAST_EFFECT, "0.95"), Rule("y", 0.0)]
     legend: list[Entry] = []
-    for verdict in [*VERDICTS_SHOWN, "other"]:
-        shape = VERDICTS_SHOWN[verdict][2] if verdict in VERDICTS_SHOWN else "square"
-        some = [
-            head for head in shown if (head["verdict"] if head["verdict"] in VERDICTS_SHOWN else "other") == verdict
-        ]
-        with_copying = [head for head in some if known(head["copying"])]
-        without = [head for head in some if not known(head["copying"])]
-        elements += [_scattered(one, shape, sides) for one in (with_copying, without) if one]
-        if some:
-            legend.append(Entry(verdict, shape, "0.2", filled=False))
+    shapes = {verdict: shape for verdict, (_, _, shape, _) in VERDICTS_SHOWN.items()}
+    for verdict, shape in {**shapes, "other": "square"}.items():
+        some = [head for head in shown if shapes.get(head["verdict"], "square") == shape]
+        halves = ([head for head in some if known(head["copying"]) == wanted] for wanted in (True, False))
+        elements += [_scattered(half, shape, sides) for half in halves if half]
+        legend += [Entry(verdict, shape, "0.2", filled=False)] if some else []
     if any(not known(head["copying"]) for head in shown):
         legend.append(Entry("OV copying not measured", "square", "0.75"))
     score, effect = _scatter_places(shown)
+    ticks = [0.0, *(sign * far for far in (0.05, 0.2, 1.0, 5.0, 20.0) for sign in (-1, 1))]
     # On the logarithmic axis a factor of 2 keeps marks and their names off the edges.
-    y = Axis("total effect on the correct token's logit (nats)", ["0" if not tick else f"{tick:+g}" for tick in _TICKS],
-             _TICKS, (2 * min([-LEAST_EFFECT, *effect]), 2 * max([0.1, *effect])), linear_to=LEAST_EFFECT)  # fmt: skip
+    limits = 2 * min([-LEAST_EFFECT, *effect]), 2 * max([0.1, *effect])
+    y = Axis("total effect on the correct token's logit (nats)", [f"{tick:+g}" if tick else "0" for tick in ticks],
+             ticks, limits, linear_to=LEAST_EFFECT)  # fmt: skip
     x = Axis("prefix matching (share of attention on the tokens after earlier copies)",
              limits=(-0.03, max([1.0, *score]) + 0.05))  # fmt: skip
     return Figure(title, [[Panel(x, y, elements)]], 8.0, 5.4, legend, "upper left")
 
 
-_TICKS = [0.0, *(sign * size for size in (0.05, 0.2, 1.0, 5.0, 20.0) for sign in (-1, 1))]
-
-
 def _scattered(heads: Sequence[Row], shape: str, sides: Mapping[str, bool]) -> Marks:
     """Marks of one shape, named where `sides` has them; grey where OV copying was not measured."""
-    score, effect = _scatter_places(heads)
-    names = [name_of(head) for head in heads]
-    measured = known(heads[0]["copying"])
+    names, colour = [name_of(head) for head in heads], "0.75"
+    hover = ["\n".join([f"head {name_of(head)}", *map(" ".join, numbers(head))]) for head in heads]
+    values, scale = None, None
+    if known(heads[0]["copying"]):
+        values, colour = [head["copying"] for head in heads], "0.2"
+        scale = Scale(COPYING, -1.0, 1.0, "OV copying: suppresses (-1) to copies (+1)")
     return Marks(
-        score,
-        effect,
-        shape,
-        "0.2" if measured else "0.75",
-        5.0 if shape == "square" else 8.0,
-        values=[head["copying"] for head in heads] if measured else None,
-        scale=Scale(COPYING, -1.0, 1.0, "OV copying: suppresses (-1) to copies (+1)") if measured else None,
-        names=[name if name in sides else "" for name in names],
-        right=[sides.get(name, True) for name in names],
-        hover=["\n".join([f"head {name_of(head)}", *map(" ".join, numbers(head))]) for head in heads],
-        heads=names,
-    )
+        *_scatter_places(heads), shape, colour, 5.0 if shape == "square" else 8.0, values=values, scale=scale,
+        names=[name if name in sides else "" for name in names], right=[sides.get(name, True) for name in names],
+        hover=hover, heads=names,
+    )  # fmt: skip
 
 
 def _scatter_places(heads: Sequence[Row]) -> tuple[list[float], list[float]]:
@@ -356,11 +302,10 @@ def token_panel(
     at = {place: index for index, place in enumerate(places)}
     outlines = [Outline(at[query] - 1, at[key]) for query, key in cells if query in at and key in at and query > 0]
     texts = written_values(part, 2 if kind == "pattern" else 1) if written else None
-    x, y = (Axis(label, [tokens[place] for place in of], turned=turned) for label, of, turned in
-            (("key (attended to)", places, True), ("query (attends)", places[1:], False)))  # fmt: skip
-    return Panel(
-        x, y, [Heatmap(part, scale, outlines, texts, bos=bos), Rule("x", 0.5, colour="black")], title, square=True
-    )
+    shown = [tokens[place] for place in places]
+    x, y = Axis("key (attended to)", shown, turned=True), Axis("query (attends)", shown[1:])
+    heatmap = Heatmap(part, scale, outlines, texts, bos=bos)
+    return Panel(x, y, [heatmap, Rule("x", 0.5, colour="black")], title, square=True)
 
 
 def signed_scale(values: Floats, label: str, every: Floats | None = None) -> Scale:
@@ -393,10 +338,8 @@ def token_legend(panels: Sequence[Panel | None]) -> list[Entry]:
     maps = [one for panel in panels if panel for one in panel.elements if isinstance(one, Heatmap)]
     framed = Entry("induction cell: the token after an earlier copy", "frame", MARK)
     resting = Entry("attention to BOS (grey, 0 to 1)", "patch", "0.6")
-    return [
-        *([framed] if any(one.outlines for one in maps) else []),
-        *([resting] if any(one.bos for one in maps) else []),
-    ]
+    there = (framed, any(one.outlines for one in maps)), (resting, any(one.bos for one in maps))
+    return [entry for entry, shown in there if shown]
 
 
 def cut(length: int, cells: Places) -> str:

@@ -16,20 +16,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from common.results.spec import (
-    LONGEST_TICK,
-    Axis,
-    Bars,
-    Element,
-    Entry,
-    Figure,
-    Heatmap,
-    Line,
-    Marks,
-    Panel,
-    Rule,
-    Scale,
-)
+from common.results import spec
+from common.results.spec import LONGEST_TICK, Axis, Entry, Figure, Heatmap, Marks, Panel, Rule, Scale
 
 Plain = dict[str, object]
 
@@ -68,12 +56,10 @@ def compressed(value: float, linear_to: float | None) -> float:
 
 
 class Box(NamedTuple):
-    """Pixels from the upper left corner of the figure."""
-
     left: float
     top: float
     right: float
-    bottom: float
+    bottom: float  # pixels from above
 
 
 def plotly(figure: Figure) -> Plain:
@@ -111,17 +97,12 @@ def plotly(figure: Figure) -> Plain:
             next(one for one in map(_coloured, traces) if one is not None).update(bar)
         data += [{**trace, **of} for trace in traces]
         shapes += [shape for one in panel.elements for shape in _shapes(one, panel, f"x{axes}", f"y{axes}")]
-        middle = sum(across) / 2
+        notes += [_note(said, at, upwards[1] + 2 / height) | {"xref": f"x{axes}"} for at, said in panel.headings]
         if panel.title:
-            notes.append(
-                _note(panel.title, middle, upwards[1] + (18 if panel.headings else 3) / height, "bottom", USUAL)
-            )
-        notes += [
-            _note(said, at, upwards[1] + 2 / height, "bottom", SMALL) | {"xref": f"x{axes}"}
-            for at, said in panel.headings
-        ]
+            above = upwards[1] + (18 if panel.headings else 3) / height
+            notes.append(_note(panel.title, sum(across) / 2, above, USUAL))
     if figure.caption:
-        notes.append(_note(figure.caption, 0.5, (14 * captions + 6) / height, "top", SMALL))
+        notes.append(_note(figure.caption, 0.5, 6 / height))
     layout |= {"shapes": shapes, "annotations": notes, "showlegend": bool(figure.legend)}
     return {"data": [*data, *map(_entry, figure.legend)], "layout": layout}
 
@@ -153,9 +134,8 @@ def _boxes(figure: Figure, whole: Box) -> Iterator[tuple[Panel, Box]]:
 
 def _inner(panel: Panel, box: Box) -> Box:
     """The room of the cells alone: without labels, title and colour bar; cells as wide as high where that is asked."""
-    longest = (LETTER * max((min(len(tick), LONGEST_TICK) for tick in axis.ticks or ("0.00",)), default=0)
-               for axis in (panel.y, panel.x))  # fmt: skip
-    beside, below = longest
+    longest = [max(min(len(tick), LONGEST_TICK) for tick in axis.ticks or ("0.00",)) for axis in (panel.y, panel.x)]
+    beside, below = (LETTER * letters for letters in longest)
     left = box.left + beside + (36 if panel.y.label else 16)
     bottom = box.bottom - (below if panel.x.turned else 14) - (32 if panel.x.label else 10)
     right = box.right - ((84 if "\n" not in panel.scale.label else 100) if panel.scale else 16)
@@ -191,18 +171,18 @@ def _axis(axis: Axis, cells: tuple[float, float]) -> Plain:
     return made
 
 
-def _traces(one: Element, panel: Panel) -> list[Plain]:
+def _traces(one: spec.Element, panel: Panel) -> list[Plain]:
     if isinstance(one, Heatmap):
         return _heatmap(one, panel)
     if isinstance(one, Marks):
         return [_marks(one, panel)]
-    if isinstance(one, Bars):
+    if isinstance(one, spec.Bars):
         return [{
             "type": "bar", "orientation": "h", "y": list(range(len(one.width))), "x": one.width.tolist(),
             "base": one.left.tolist(), "marker": {"color": to_hex(one.colour)}, "offset": -0.4, "width": 0.8,
-            **_hover(one.hover),
+            "hoverinfo": "x", "showlegend": False,
         }]  # fmt: skip
-    if isinstance(one, Line):
+    if isinstance(one, spec.Line):
         return [{
             "type": "scatter", "mode": "lines", "x": _plain(one.x), "y": _plain(one.y), "hoverinfo": "skip",
             "line": {"color": to_hex(one.colour), "shape": "hv" if one.steps else "linear"}, "showlegend": False,
@@ -214,9 +194,7 @@ def _heatmap(one: Heatmap, panel: Panel) -> list[Plain]:
     """One trace, or two where the first column has a scale of its own."""
     rows, columns = one.values.shape
     hover = one.hover if one.hover is not None else _said(one, panel)
-    parts = (
-        [(one.scale, slice(0, columns))] if not one.bos else [(one.bos, slice(0, 1)), (one.scale, slice(1, columns))]
-    )
+    parts = [(one.scale, slice(1 if one.bos else 0, columns))] + ([(one.bos, slice(0, 1))] if one.bos else [])
     traces: list[Plain] = []
     for scale, part in parts:
         trace: Plain = {
@@ -231,7 +209,7 @@ def _heatmap(one: Heatmap, panel: Panel) -> list[Plain]:
                       "text": [[f"<b>{text}</b>" if heavy else str(text) for text, heavy in zip(*of, strict=True)]
                                for of in zip(one.texts[:, part], bold[:, part], strict=True)]}  # fmt: skip
         traces.append(trace)
-    return traces[::-1]  # the one with the colour bar first
+    return traces  # the one with the colour bar first
 
 
 def _coloured(trace: Plain) -> Plain | None:
@@ -244,14 +222,9 @@ def _coloured(trace: Plain) -> Plain | None:
 def _said(one: Heatmap, panel: Panel) -> list[list[str]]:
     """What a cell is, by the labels of its axes: row, column, value."""
     what = [text.split(" (")[0] for text in (panel.y.label, panel.x.label, one.scale.label)]
-    rows, columns = panel.y.ticks or (), panel.x.ticks or ()
-    return [
-        [
-            f"{what[0]} {row}\n{what[1]} {column}\n{what[2]} {value:+.3f}"
-            for column, value in zip(columns, of, strict=True)
-        ]
-        for row, of in zip(rows, one.values, strict=True)
-    ]
+    rows, columns = ([f"{said} {tick}" for tick in axis.ticks or ()] for said, axis in zip(what, (panel.y, panel.x)))
+    return [[f"{row}\n{column}\n{what[2]} {value:+.3f}" for column, value in zip(columns, of, strict=True)]
+            for row, of in zip(rows, one.values, strict=True)]  # fmt: skip
 
 
 def _marks(one: Marks, panel: Panel) -> Plain:
@@ -266,9 +239,11 @@ def _marks(one: Marks, panel: Panel) -> Plain:
                    "cmax": one.scale.high, "showscale": False}  # fmt: skip
     x, y = ([compressed(value, axis.linear_to) for value in values]
             for values, axis in ((one.x, panel.x), (one.y, panel.y)))  # fmt: skip
-    made: Plain = {"type": "scatter", "mode": "markers+text" if any(one.names) else "markers", "x": x, "y": y,
-                   "marker": marker, "showlegend": False, "cliponaxis": False, "meta": {"names": list(one.heads)},
-                   **_hover(one.hover)}  # fmt: skip
+    made: Plain = {
+        "type": "scatter", "mode": "markers+text" if any(one.names) else "markers", "x": x, "y": y, "marker": marker,
+        "showlegend": False, "cliponaxis": False, "meta": {"names": list(one.heads)},
+        "hoverinfo": "text" if one.hover else "x", "hovertext": [lines(text) for text in one.hover],
+    }  # fmt: skip
     if any(one.names):
         sides = ["middle right" if right else "middle left" for right in one.right]
         made |= {"text": list(one.names), "textposition": sides, "textfont": {"size": SMALL + 1}}
@@ -279,16 +254,12 @@ def _marks(one: Marks, panel: Panel) -> Plain:
     return made
 
 
-def _hover(texts: Sequence[str]) -> Plain:
-    return {"hoverinfo": "text", "hovertext": [lines(text) for text in texts], "showlegend": False}
-
-
 def _plain(values: Sequence[float] | np.ndarray) -> list[float | None]:
-    """Numbers to four digits after the point or, where small, as many significant ones; None for NaN."""
+    """Seven significant digits, as many as float32 has; None for NaN."""
     return [float(f"{value:.7g}") if np.isfinite(value) else None for value in values]
 
 
-def _shapes(one: Element, panel: Panel, x: str, y: str) -> Iterator[Plain]:
+def _shapes(one: spec.Element, panel: Panel, x: str, y: str) -> Iterator[Plain]:
     """Frames around cells, lines and bands."""
     if isinstance(one, Heatmap):
         for frame in one.outlines:
@@ -322,9 +293,10 @@ def _bar(scale: Scale, left: float, upwards: Sequence[float]) -> Plain:
     }  # fmt: skip
 
 
-def _note(text: str, x: float, y: float, yanchor: str, size: int) -> Plain:
+def _note(text: str, x: float, y: float, size: int = SMALL) -> Plain:
+    """A text that stands on (x, y), shares of the figure."""
     return {"text": lines(text), "x": x, "y": y, "xref": "paper", "yref": "paper", "xanchor": "center",
-            "yanchor": yanchor, "showarrow": False, "font": {"size": size}}  # fmt: skip
+            "yanchor": "bottom", "showarrow": False, "font": {"size": size}}  # fmt: skip
 
 
 def _entry(entry: Entry) -> Plain:

@@ -26,8 +26,8 @@ Corner = Literal["below", "above", "lower right", "lower left", "upper left"]
 
 @dataclass(frozen=True)
 class Scale:
-    """Colours from `low` to `high`, by a colour map of matplotlib's. `beyond`: cells may lie outside; they take the
-    colour of the nearer end, and the colour bar shows that with arrows."""
+    """Colours from `low` to `high`, by a colour map of matplotlib's. `beyond`: cells may lie outside, which the colour
+    bar shows with arrows."""
 
     colours: str
     low: float
@@ -38,7 +38,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Outline:
-    """A frame around one cell. `line`: "-", "--" or ":"; `name` stands in its corner."""
+    """A frame around one cell; `name` stands in its corner."""
 
     row: int
     column: int
@@ -64,11 +64,6 @@ class Heatmap:
     hover: NDArray[np.object_] | None = None
     bos: Scale | None = None
     gaps: bool = False
-
-    @property
-    def inside(self) -> Floats:
-        """The cells that `scale` colours: without the first column where that has its own."""
-        return np.where(np.arange(self.values.shape[1]) == 0, np.nan, self.values) if self.bos else self.values
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,6 @@ class Bars:
     left: Floats
     width: Floats
     colour: str
-    hover: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
