@@ -221,7 +221,8 @@ def _ablation_panel(effects: Sequence[Row], title: str) -> Panel:
     at_repeats.sort(key=lambda one: (len(one["head"].split()), -(one["effect"] or 0.0)))
     fresh = {one["head"]: one for one in effects if one["metric"] == "loss_at_fresh"}
     heads = [one["head"] for one in at_repeats]
-    rows = (at_repeats, [fresh.get(head) for head in heads], [one["control"] for one in at_repeats])
+    rows: list[Sequence[Row | None]] = [at_repeats, [fresh.get(head) for head in heads]]
+    rows.append([one["control"] for one in at_repeats])
     marks = [interval_marks(of, heads, said, *_LOSSES[said]) for said, of in zip(_LOSSES, rows, strict=True)]
     names = [head if " " not in head else f"all {len(head.split())}" for head in heads]
     x = Axis("rise of the loss (nats), 95 % interval over rows", grid=True)
@@ -288,22 +289,30 @@ def drawn_places(length: int, cells: Places) -> list[int]:
 def token_panel(
     kind: str, values: Floats, tokens: Sequence[str], cells: Places, title: str, *, written: bool = False
 ) -> Panel:
+    """A map [query, key] of one head on a text, cut to its `drawn_places`. As `map_panel`."""
+    places = drawn_places(len(tokens), cells)
+    at = {place: index for index, place in enumerate(places)}
+    there = [(at[query], at[key]) for query, key in cells if query in at and key in at]
+    part, shown = values[np.ix_(places, places)], [tokens[place] for place in places]
+    return map_panel(kind, part, shown, there, title, written=written)
+
+
+def map_panel(
+    kind: str, values: Floats, tokens: Sequence[str], cells: Places, title: str = "", *, written: bool = False
+) -> Panel:
     """A map [query, key] of one head with tokens on both axes and the induction `cells` (query, key) framed.
 
-    `kind`: "pattern", blues from 0 to the largest drawn cell off the BOS column, that column grey from 0 to 1; or
-    "scores", NaN where a query may not see, green below 0 and purple above. The colours of scores reach as far as the
-    largest cell off the BOS column, too, so that BOS may lie beyond. `written`: every cell carries its value.
+    `kind`: "pattern", blues from 0 to the largest cell off the BOS column, that column grey from 0 to 1; or "scores",
+    green below 0 and purple above, as far as the largest cell off the BOS column, too, so that BOS may lie beyond. NaN
+    where a query may not see. `written`: every cell carries its value. BOS has no row: it sees itself alone.
     """
-    places = drawn_places(len(tokens), cells)
-    part = np.where(np.tri(len(values), dtype=bool), values, np.nan)[np.ix_(places[1:], places)]
+    part = np.where(np.tri(len(values), dtype=bool), values, np.nan)[1:]
     scale, bos = signed_scale(part[:, 1:], UNITS[kind], part), None
     if kind == "pattern":
         scale, bos = Scale(ATTENTION, 0.0, scale.high, UNITS[kind]), Scale(RESTING, 0.0, 1.0, "attention to BOS")
-    at = {place: index for index, place in enumerate(places)}
-    outlines = [Outline(at[query] - 1, at[key]) for query, key in cells if query in at and key in at and query > 0]
+    outlines = [Outline(query - 1, key) for query, key in cells if query > 0]
     texts = written_values(part, 2 if kind == "pattern" else 1) if written else None
-    shown = [tokens[place] for place in places]
-    x, y = Axis("key (attended to)", shown, turned=True), Axis("query (attends)", shown[1:])
+    x, y = Axis("key (attended to)", tokens, turned=True), Axis("query (attends)", tokens[1:])
     heatmap = Heatmap(part, scale, outlines, texts, bos=bos)
     return Panel(x, y, [heatmap, Rule("x", 0.5, colour="black")], title, square=True)
 
@@ -324,13 +333,18 @@ def token_figure(
     kind: str, panels: Sequence[tuple[str, Floats]], tokens: Sequence[str], cells: Places, title: str
 ) -> Figure:
     """A `token_panel` (title, map) beside the other: heads of a layer, their mean."""
-    side = max(3.6, 0.21 * min(len(tokens), LONGEST) + 1.6)  # 0.21 inches a token
+    side = side_of(min(len(tokens), LONGEST))
     columns = min(len(panels), 3 if side < 7 else 2)
     made: list[Panel | None] = [token_panel(kind, values, tokens, cells, label) for label, values in panels]
     made += [None] * (-len(made) % columns)
     rows = [made[start : start + columns] for start in range(0, len(made), columns)]
     width, height = side * columns + 0.8, 0.88 * side * len(rows) + 1.2
     return Figure(title + cut(len(tokens), cells), rows, width, height, token_legend(made), legend_columns=2)
+
+
+def side_of(tokens: int) -> float:
+    """Inches of a map with so many tokens on its axes, labels and all."""
+    return max(3.6, 0.21 * tokens + 1.6)
 
 
 def token_legend(panels: Sequence[Panel | None]) -> list[Entry]:

@@ -19,7 +19,7 @@ import hashlib
 import html
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
@@ -29,21 +29,10 @@ import numpy as np
 from common.attention.head import Head
 from common.heads.statistics import Floats
 from common.results.figures_circuits import MOST_ZOOMED, decomposition_figure
-from common.results.figures_heads import (
-    ATTENTION,
-    RESTING,
-    SIGNED,
-    UNITS,
-    Places,
-    Row,
-    drawn_places,
-    name_of,
-    number,
-    numbers,
-)
-from common.results.plotly_figures import colours, label, plotly
+from common.results.figures_heads import UNITS, Places, Row, drawn_places, map_panel, name_of, number, numbers, side_of
+from common.results.plotly_figures import Drawn, label, plotly
 from common.results.report import plain
-from common.results.spec import MARK, Figure
+from common.results.spec import Figure
 
 if TYPE_CHECKING:  # what loads torch
     from common.circuits.qk import Decomposition, Interaction
@@ -59,22 +48,17 @@ HERE = Path(__file__).parent
 # Start of a figure's name -> heading and hint of its section. Figures of other names are not on the page: what they
 # show of a text, the page shows of every head.
 SECTIONS = {
-    "effects": (
-        "Looking like induction, and doing it",
-        "A mark per head: prefix matching against what the head does to the logit of the token that comes again. "
-        "Far to the right near 0: looks, does nothing.",
-    ),
-    "ablation": (
-        "Without its induction heads",
-        "How much worse the model predicts. Random heads of the same layers should change nothing.",
-    ),
+    "effects": ("Looking like induction, and doing it", "A mark per head: prefix matching against what the head does "
+                "to the logit of the token that comes again. Far to the right near 0: looks, does nothing."),
+    "ablation": ("Without its induction heads", "How much worse the model predicts. Random heads of the same layers "
+                 "should change nothing."),
     "thresholds": ("Each head against its own threshold", "The threshold comes from rows without a repeat."),
     "budget": ("Where attention goes", "The parts of each bar sum to 1."),
     "circuits": ("What the weights say", "Scores of tokens by themselves, without a text around them."),
     "composition": ("Which earlier heads the layer reads", "Compared with random rotations of the same weights."),
     "parts": ("One part of a head replaced", "What matters of a head: its query, its key, its pattern or its values."),
     "paths": ("Paths into the head", "One input of the head is made to see an earlier head at its mean."),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +76,7 @@ class TextMaps:
     cells: Places
     places: Sequence[int]
     maps: Mapping[str, Floats]
-    figures: Sequence[Figure] = field(default_factory=tuple)
+    figures: Sequence[Figure] = ()
 
 
 def induction_page(results: Row, said: Sequence[str], texts: Iterable[TextMaps], figures: Mapping[str, Figure]) -> str:
@@ -101,26 +85,24 @@ def induction_page(results: Row, said: Sequence[str], texts: Iterable[TextMaps],
     `results`: as for results.json; `said`: sentences on the whole; `texts`: with maps of all heads, layer by layer;
     `figures`: by name, `mosaic` among them; those that `SECTIONS` names are shown.
     """
-    heads = plain(results)["heads"]
-    strongest = max(heads, key=lambda head: head["prefix_matching"] or 0.0)
-    chosen = [*results["induction_heads"], name_of(strongest)][0]
-    mosaic = _section("Every head", "A square per head; darker: more prefix matching, the attention paid to the tokens "
-                      "after earlier copies. Hover for its numbers; click for its patterns. A score says where a head "
-                      "looks, not what it does with it.", ["mosaic"], '<table id="numbers"></table>')  # fmt: skip
-    return _page(results, "Induction heads of", [*map(_paragraph, said), mosaic], figures, str(chosen), texts)
+    hint = (
+        "A square per head; darker: more prefix matching, the attention paid to the tokens after earlier copies. Hover "
+        "for its numbers; click for its patterns. A score says where a head looks, not what it does with it."
+    )
+    mosaic = _section("Every head", hint, ["mosaic"], '<table id="numbers"></table>')
+    strongest = max(results["heads"], key=lambda head: head["prefix_matching"] or 0.0)
+    chosen = str(results["induction_heads"][0]) if results["induction_heads"] else name_of(strongest)
+    return _page(results, "Induction heads of", [*map(_paragraph, said), mosaic], figures, chosen, texts)
 
 
 def qk_page(
     results: Row, chosen: int, said: Sequence[str], texts: Iterable[TextMaps], figures: Mapping[str, Figure]
 ) -> str:
-    """The page of the second script: scores and pattern of every head of the layer, what they are made of, weights
-    and interventions.
-
-    `chosen`: the head shown first; `texts`: with maps of all heads of the layer; `figures`: by name; those that
-    `SECTIONS` names are shown.
+    """The page of the second script: scores and pattern of every head of the layer, what they are made of, weights and
+    interventions. `chosen`: the head shown first; the rest as for `induction_page`, with the heads of the layer alone.
     """
-    layer = results["layer"]
-    return _page(results, f"Layer {layer} of", [*map(_paragraph, said)], figures, str(Head.at(layer, chosen)), texts)
+    head = str(Head.at(results["layer"], chosen))
+    return _page(results, f"Layer {results['layer']} of", [*map(_paragraph, said)], figures, head, texts)
 
 
 def qk_text(
@@ -137,15 +119,13 @@ def qk_text(
         if isinstance(found, str):
             said = found
             continue
-        name = str(Head.at(met.layer, head))
-        query, key, value = found.top(1)[0]
+        name, (query, key, value) = str(Head.at(met.layer, head)), found.top(1)[0]
         said = (
             f"Head {name} on its {found.kind} ({len(found.cells)}): the score advantage over the other tokens in sight "
             f"is {found.lead:.2f} on average; the largest part, {value:.2f}, is {query} as a query meeting {key} as a "
             "key."
         )
-        title = f"What the scores of head {name} are made of"
-        figures.append(decomposition_figure(found, title, tokens, MOST_ZOOMED))
+        figures.append(decomposition_figure(found, f"What the scores of head {name} are made of", tokens, MOST_ZOOMED))
     return TextMaps(text, tokens, said, cells, places, maps, figures)
 
 
@@ -214,8 +194,7 @@ def _page(
     drawn = {_id(name): plotly(figures[name]) for names in parts.values() for name in names}
     drawn |= {key: plotly(figure) for key, _, figure in _further(shown)}
     data = {
-        "mark": MARK,
-        "kinds": _KINDS,
+        "units": UNITS,
         "heads": [{"name": name_of(head), "layer": head["layer"], "head": head["head"], "line": _line(head),
                    "numbers": numbers(head)} for head in heads],
         "chosen": [name_of(head) for head in heads].index(chosen),
@@ -223,23 +202,16 @@ def _page(
         "texts": [_text_data(one) for one in shown],
     }  # fmt: skip
     scripts = get_plotlyjs(), (HERE / "page.js").read_text(encoding="utf-8")
-    return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
-        policy=policy(scripts),
-        title=html.escape(f"{what} {results['model']['name']}"),
-        provenance=html.escape(_provenance(results)),
-        body="\n".join([*above, _chooser(heads), _text_sections(shown, left_out), *below]),
-        data=in_script(data),
-        plotly=scripts[0],
-        script=scripts[1],
-    )
-
-
-_KINDS = {
-    "pattern": {"title": "Pattern", "unit": UNITS["pattern"], "signed": False, "colours": colours(ATTENTION),
-                "bos": colours(RESTING)},
-    "scores": {"title": "Scores", "unit": UNITS["scores"], "signed": True, "colours": colours(SIGNED),
-               "bos": colours(SIGNED)},
-}  # fmt: skip
+    filled = {
+        "policy": policy(scripts),
+        "title": html.escape(f"{what} {results['model']['name']}"),
+        "provenance": html.escape(_provenance(results)),
+        "body": "\n".join([*above, _chooser(heads), _text_sections(shown, left_out), *below]),
+        "data": in_script(data),
+        "plotly": scripts[0],
+        "script": scripts[1],
+    }
+    return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(filled)
 
 
 def _provenance(results: Row) -> str:
@@ -259,16 +231,27 @@ def _line(head: Row) -> str:
 
 
 def _text_data(one: TextMaps) -> dict[str, object]:
-    """A text for the script: labels escaped for Plotly, cells counted in drawn places, maps packed."""
+    """A text for the script: its labels escaped for Plotly, cells counted in drawn places, maps packed, and for each
+    kind of map a figure that the script fills with the values of the head that is chosen."""
     at = {place: index for index, place in enumerate(one.places)}
     tokens = [one.tokens[place] for place in one.places]
+    short = [token if len(token) <= LONGEST_TOKEN else token[: LONGEST_TOKEN - 1] + "…" for token in tokens]
+    cells = [(at[query], at[key]) for query, key in one.cells if query in at and key in at]
+    side = side_of(len(tokens))
+    panels = {kind: map_panel(kind, maps[0], short, cells) for kind, maps in one.maps.items()}
     return {
         "labels": [label(token) for token in tokens],
-        "short": [label(token, LONGEST_TOKEN) for token in tokens],
         "places": list(one.places),
-        "cells": [[at[query], at[key]] for query, key in one.cells if query in at and key in at],
+        "cells": cells,
         "maps": {kind: pack(maps) for kind, maps in one.maps.items()},
+        "figures": {kind: _empty(Figure(kind, [[panel]], side + 0.4, side)) for kind, panel in panels.items()},
     }
+
+
+def _empty(figure: Figure) -> Drawn:
+    """A figure of maps without their values, which the script unpacks."""
+    drawn = plotly(figure)
+    return {"data": [{**trace, "z": [], "hovertext": []} for trace in drawn["data"]], "layout": drawn["layout"]}
 
 
 def _further(texts: Sequence[TextMaps]) -> Iterator[tuple[str, int, Figure]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from matplotlib import colormaps
@@ -20,6 +20,12 @@ from common.results import spec
 from common.results.spec import LONGEST_TICK, Axis, Entry, Figure, Heatmap, Marks, Panel, Rule, Scale
 
 Plain = dict[str, object]
+
+
+class Drawn(TypedDict):
+    data: list[Plain]
+    layout: Plain
+
 
 INCH = 80  # pixels, with which the fonts below are legible
 WIDEST = 1180  # pixels that the page has room for; wider figures shrink to it
@@ -62,7 +68,7 @@ class Box(NamedTuple):
     bottom: float  # pixels from above
 
 
-def plotly(figure: Figure) -> Plain:
+def plotly(figure: Figure) -> Drawn:
     """The figure as {data, layout}."""
     inch = min(INCH, max(INCH / 2, WIDEST / figure.width))
     width, entries = figure.width * inch, _legend_rows(figure)
@@ -180,7 +186,7 @@ def _traces(one: spec.Element, panel: Panel) -> list[Plain]:
         return [{
             "type": "bar", "orientation": "h", "y": list(range(len(one.width))), "x": one.width.tolist(),
             "base": one.left.tolist(), "marker": {"color": to_hex(one.colour)}, "offset": -0.4, "width": 0.8,
-            "hoverinfo": "x", "showlegend": False,
+            "hoverinfo": "text", "hovertext": [f"{share:.3f}" for share in one.width], "showlegend": False,
         }]  # fmt: skip
     if isinstance(one, spec.Line):
         return [{
@@ -222,7 +228,8 @@ def _coloured(trace: Plain) -> Plain | None:
 def _said(one: Heatmap, panel: Panel) -> list[list[str]]:
     """What a cell is, by the labels of its axes: row, column, value."""
     what = [text.split(" (")[0] for text in (panel.y.label, panel.x.label, one.scale.label)]
-    rows, columns = ([f"{said} {tick}" for tick in axis.ticks or ()] for said, axis in zip(what, (panel.y, panel.x)))
+    rows, columns = ([f"{said} {tick}" for tick in axis.ticks or ()]
+                     for said, axis in ((what[0], panel.y), (what[1], panel.x)))  # fmt: skip
     return [[f"{row}\n{column}\n{what[2]} {value:+.3f}" for column, value in zip(columns, of, strict=True)]
             for row, of in zip(rows, one.values, strict=True)]  # fmt: skip
 

@@ -104,10 +104,9 @@ def in_mosaic(results, head) -> tuple[float, float]:
 
 def drawn(driver, figure: str) -> np.ndarray:
     """The values of a drawn map, queries after BOS × keys; NaN where blank."""
-    left, right = driver.execute_script(
-        f"return document.getElementById('{figure}').data.slice(0, 2).map((one) => one.z)"
-    )
-    return np.concatenate([np.array(left, dtype=float), np.array(right, dtype=float)], axis=1)
+    read = f"return document.getElementById('{figure}').data.map((one) => [one.x[0], one.z])"
+    parts = sorted(driver.execute_script(read))  # the BOS column may have a trace of its own
+    return np.concatenate([np.array(values, dtype=float) for _, values in parts], axis=1)
 
 
 def unpacked(packed, places: int) -> np.ndarray:
