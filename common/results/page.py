@@ -237,7 +237,7 @@ def _text_data(one: TextMaps) -> dict[str, object]:
     tokens = [one.tokens[place] for place in one.places]
     short = [token if len(token) <= LONGEST_TOKEN else token[: LONGEST_TOKEN - 1] + "…" for token in tokens]
     cells = [(at[query], at[key]) for query, key in one.cells if query in at and key in at]
-    side = side_of(len(tokens))
+    side = max(4.8, side_of(len(tokens)))  # short texts larger than on paper: cells are hovered over
     panels = {kind: map_panel(kind, maps[0], short, cells) for kind, maps in one.maps.items()}
     return {
         "labels": [label(token) for token in tokens],

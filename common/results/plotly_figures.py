@@ -71,46 +71,50 @@ class Box(NamedTuple):
 def plotly(figure: Figure) -> Drawn:
     """The figure as {data, layout}."""
     inch = min(INCH, max(INCH / 2, WIDEST / figure.width))
-    width, entries = figure.width * inch, _legend_rows(figure)
-    captions = figure.caption.count("\n") + 1 if figure.caption else 0
-    head = 14 + 17 * (figure.title.count("\n") + 1)
-    foot = 8 + 18 * entries + 14 * captions
-    height = max(figure.height * inch, 150.0) + (foot if entries + captions > 2 else 0)
-    data: list[Plain] = []
-    layout: Plain = {
-        "width": round(width), "height": round(height), "margin": {"l": 0, "r": 0, "t": 0, "b": 0, "autoexpand": False},
-        "title": {"text": lines(figure.title), "font": {"size": USUAL + 1}, "x": 0.5, "yref": "container", "y": 1,
-                  "yanchor": "top", "pad": {"t": 8}},
-        "hoverlabel": {"align": "left", "font": {"size": 11, "color": "#222"}, "bgcolor": "white",
-                       "bordercolor": "#888"},
-        "legend": {"orientation": "h" if figure.legend_columns > 1 or figure.legend_at != "below" else "v", "x": 0.02,
-                   "y": (foot - 4) / height, "yanchor": "top", "font": {"size": SMALL}, "itemclick": False,
-                   "itemdoubleclick": False},
-    }  # fmt: skip
+    captions, entries = figure.caption.count("\n") + 1 if figure.caption else 0, _legend_rows(figure)
+    head, foot = 14 + 17 * (figure.title.count("\n") + 1), 8 + 18 * entries + 14 * captions
+    # On paper a legend takes its room from the panels; here it gets some of its own where it is long.
+    width, height = figure.width * inch, max(figure.height * inch, 150.0) + (foot if entries + captions > 2 else 0)
+    drawn: Drawn = {"data": [], "layout": _frame(figure, width, height, foot)}
     shapes: list[Plain] = []
-    notes: list[Plain] = []
+    notes = [_note(figure.caption, 0.5, 6 / height)] if figure.caption else []
     for number, (panel, box) in enumerate(_boxes(figure, Box(0, head, width, height - foot)), start=1):
-        axes = "" if number == 1 else str(number)
+        axes = "" if number == 1 else str(number)  # Plotly's names: x, x2, x3, …
         inner, (rows, columns) = _inner(panel, box), _shape(panel)
         across = [inner.left / width, inner.right / width]
         upwards = [1 - inner.bottom / height, 1 - inner.top / height]
-        layout[f"xaxis{axes}"] = {**_axis(panel.x, (-0.5, columns - 0.5)), "domain": across, "anchor": f"y{axes}"}
-        layout[f"yaxis{axes}"] = {**_axis(panel.y, (rows - 0.5, -0.5)), "domain": upwards, "anchor": f"x{axes}"}
-        of = {"xaxis": f"x{axes}", "yaxis": f"y{axes}"}
+        drawn["layout"] |= {
+            f"xaxis{axes}": {**_axis(panel.x, (-0.5, columns - 0.5)), "domain": across, "anchor": f"y{axes}"},
+            f"yaxis{axes}": {**_axis(panel.y, (rows - 0.5, -0.5)), "domain": upwards, "anchor": f"x{axes}"},
+        }
         traces = [trace for one in panel.elements for trace in _traces(one, panel)]
         if panel.scale:
             bar = {"colorbar": _bar(panel.scale, across[1] + 8 / width, upwards), "showscale": True}
             next(one for one in map(_coloured, traces) if one is not None).update(bar)
-        data += [{**trace, **of} for trace in traces]
+        drawn["data"] += [{**trace, "xaxis": f"x{axes}", "yaxis": f"y{axes}"} for trace in traces]
         shapes += [shape for one in panel.elements for shape in _shapes(one, panel, f"x{axes}", f"y{axes}")]
         notes += [_note(said, at, upwards[1] + 2 / height) | {"xref": f"x{axes}"} for at, said in panel.headings]
         if panel.title:
             above = upwards[1] + (18 if panel.headings else 3) / height
             notes.append(_note(panel.title, sum(across) / 2, above, USUAL))
-    if figure.caption:
-        notes.append(_note(figure.caption, 0.5, 6 / height))
-    layout |= {"shapes": shapes, "annotations": notes, "showlegend": bool(figure.legend)}
-    return {"data": [*data, *map(_entry, figure.legend)], "layout": layout}
+    drawn["data"] += map(_entry, figure.legend)
+    drawn["layout"] |= {"shapes": shapes, "annotations": notes}
+    return drawn
+
+
+def _frame(figure: Figure, width: float, height: float, foot: float) -> Plain:
+    """The layout without its panels."""
+    upright = figure.legend_columns == 1 and figure.legend_at == "below"
+    return {
+        "width": round(width), "height": round(height), "margin": {"l": 0, "r": 0, "t": 0, "b": 0, "autoexpand": False},
+        "title": {"text": lines(figure.title), "font": {"size": USUAL + 1}, "x": 0.5, "yref": "container", "y": 1,
+                  "yanchor": "top", "pad": {"t": 8}},
+        "hoverlabel": {"align": "left", "font": {"size": 11, "color": "#222"}, "bgcolor": "white",
+                       "bordercolor": "#888"},
+        "showlegend": bool(figure.legend),
+        "legend": {"orientation": "v" if upright else "h", "x": 0.02, "y": (foot - 4) / height, "yanchor": "top",
+                   "font": {"size": SMALL}, "itemclick": False, "itemdoubleclick": False},
+    }  # fmt: skip
 
 
 # --- places ---
@@ -165,7 +169,8 @@ def _shape(panel: Panel) -> tuple[int, int]:
 def _axis(axis: Axis, cells: tuple[float, float]) -> Plain:
     """`cells`: where a matrix begins and ends, or (-0.5, -0.5)."""
     made: Plain = {
-        "title": {"text": lines(axis.label), "standoff": 6, "font": {"size": USUAL}}, "tickfont": {"size": SMALL},
+        "title": {"text": lines(axis.label), "standoff": 6, "font": {"size": USUAL}},
+        "tickfont": {"size": SMALL if len(axis.ticks or ()) <= 24 else SMALL - 2},
         "zeroline": False, "showgrid": axis.grid, "showline": True, "linecolor": "#888", "mirror": True,
     }  # fmt: skip
     if axis.ticks is not None:
