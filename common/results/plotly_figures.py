@@ -281,7 +281,7 @@ def _shapes(one: spec.Element, panel: Panel, x: str, y: str) -> Iterator[Plain]:
                 "y0": frame.row - 0.5, "y1": frame.row + 0.5,
                 "line": {"color": colour, "width": 3, "dash": DASHES[frame.line]},
                 "label": {"text": frame.name, "textposition": "top left", "padding": 2,
-                          "font": {"size": 9, "color": colour, "shadow": "0 0 2px #fff, 0 0 2px #fff, 0 0 3px #fff"}},
+                          "font": {"size": 9, "weight": 700, "color": colour, "shadow": "0 0 2px #fff, 0 0 2px #fff"}},
             }  # fmt: skip
     if isinstance(one, Rule):
         upright = one.axis == "x"
