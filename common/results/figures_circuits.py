@@ -29,7 +29,7 @@ MOST_ZOOMED = 40  # the same on the page, where one can hover
 MOST_WRITERS = 36  # earlier heads that stay legible in a map of composition
 MOST_POSITIONS = 32  # positions that stay legible in a circuit
 MOST_SENDERS = 30  # earlier heads that stay legible in a path map
-WAYS = {"Q": "Q: into the query", "K": "K: into the key", "V": "V: into the value"}
+WAY_TITLES = {"Q": "Q: into the query", "K": "K: into the key", "V": "V: into the value"}
 REPLACED = {  # kind of edit -> what the picture calls it
     "uniform": "pattern: uniform",
     "pattern": "pattern of another row",
@@ -41,7 +41,7 @@ REPLACED = {  # kind of edit -> what the picture calls it
 }
 THROUGH = " through MLPs"  # how the name of a path ends that MLPs pass on
 WHOLE = "whole sender"
-COLUMNS = [*(f"path to {part}{way}" for way in ("", THROUGH) for part in ("query", "key", "values")), WHOLE]
+PATH_COLUMNS = [*(f"path to {part}{way}" for way in ("", THROUGH) for part in ("query", "key", "values")), WHOLE]
 PATH_TITLES = {
     "prefix_matching": "change of prefix matching",
     "loss_at_repeats": "change of the loss at repeats (nats)",
@@ -157,15 +157,15 @@ def weight_figures(
 
 def composition_figure(found: Composition, pair: Pair, title: str) -> Figure:
     """z of every earlier head (row) with every head of the layer (column), a panel per way; `pair` framed under K."""
-    highest = np.max([found.z[way].max(1) for way in WAYS], axis=0)
+    highest = np.max([found.z[way].max(1) for way in WAY_TITLES], axis=0)
     highest[found.senders.index(pair[0])] = np.inf  # the framed pair is always drawn
     rows = np.sort(np.argsort(-highest, kind="stable")[:MOST_WRITERS])
     framed = [Outline(int(np.searchsorted(rows, found.senders.index(pair[0]))), pair[1])]
-    scale = signed_scale(np.stack([found.z[way][rows] for way in WAYS]), "z-score")
+    scale = signed_scale(np.stack([found.z[way][rows] for way in WAY_TITLES]), "z-score")
     writers = [str(Head.at(*found.senders[row])) for row in rows]
     readers = [str(Head.at(found.layer, head)) for head in range(found.z["Q"].shape[1])]
     panels = []
-    for way, said in WAYS.items():
+    for way, said in WAY_TITLES.items():
         z = found.z[way][rows]
         texts = np.array([[f"{round(value):d}" for value in row] for row in z])
         heatmap = Heatmap(z, scale, framed if way == "K" else (), texts, z > found.limit)
@@ -305,15 +305,15 @@ def path_panel(effects: Sequence[Row], metric: str, senders: Sequence[str]) -> P
     """
     values = path_values(effects, metric, senders)
     scale, title, framed = signed_scale(values, PATH_TITLES[metric]), PATH_TITLES[metric], []
-    short = [which.removeprefix("path to ").removesuffix(THROUGH) for which in COLUMNS]
+    short = [which.removeprefix("path to ").removesuffix(THROUGH) for which in PATH_COLUMNS]
     if strongest := strongest_path(values):
         framed = [Outline(*strongest)]
-        direct = "" if COLUMNS[strongest[1]].endswith(THROUGH) else ", direct"
-        which = COLUMNS[strongest[1]].removeprefix("path to ")
+        direct = "" if PATH_COLUMNS[strongest[1]].endswith(THROUGH) else ", direct"
+        which = PATH_COLUMNS[strongest[1]].removeprefix("path to ")
         title += f"\nstrongest path: {senders[strongest[0]]} → {which}{direct}: {values[strongest]:+.2f}"
     hover = np.full(values.shape, "", dtype=object)
     for (row, column), value in np.ndenumerate(values):
-        hover[row, column] = f"sender {senders[row]}\n{COLUMNS[column]}\n{PATH_TITLES[metric]} {value:+.3f}"
+        hover[row, column] = f"sender {senders[row]}\n{PATH_COLUMNS[column]}\n{PATH_TITLES[metric]} {value:+.3f}"
     headings = [
         (place, said + (": not measured" if np.isnan(values[:, place]).all() else ""))
         for place, said in ((1, "direct path"), (4, "through MLPs too"), (6, WHOLE))
@@ -325,11 +325,11 @@ def path_panel(effects: Sequence[Row], metric: str, senders: Sequence[str]) -> P
 
 
 def path_values(effects: Sequence[Row], metric: str, senders: Sequence[str]) -> Floats:
-    """[sender, path]: the effects on a metric, columns as `COLUMNS`; NaN where not measured."""
-    values = np.full((len(senders), len(COLUMNS)), np.nan)
+    """[sender, path]: the effects on a metric, columns as `PATH_COLUMNS`; NaN where not measured."""
+    values = np.full((len(senders), len(PATH_COLUMNS)), np.nan)
     for one in effects:
-        if one["metric"] == metric and one.get("sender") in senders and one["name"] in COLUMNS:
-            values[senders.index(one["sender"]), COLUMNS.index(one["name"])] = one["effect"]
+        if one["metric"] == metric and one.get("sender") in senders and one["name"] in PATH_COLUMNS:
+            values[senders.index(one["sender"]), PATH_COLUMNS.index(one["name"])] = one["effect"]
     return values
 
 

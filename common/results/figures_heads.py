@@ -41,7 +41,7 @@ VERDICTS_SHOWN: dict[str, tuple[str, spec.Stroke, str, str]] = {
 }
 BUDGET_COLOURS = {"targets": MARK, "previous": BLUE, "self": "#56B4E9", "duplicates": "#009E73", "bos": "0.75",
                   "other": "0.9"}  # fmt: skip
-ABLATIONS = {
+ABLATION_TITLES = {
     "mean": "mean ablation: the head's output is its mean in control rows",
     "forbid": "attention knockout: no attention to the tokens after earlier copies",
 }
@@ -199,8 +199,8 @@ def named_on_the_right(score: Sequence[float], effect: Sequence[float]) -> list[
 
 def ablation_figure(effects: Sequence[Row], title: str) -> Figure:
     """The rise of the loss without each head and without all, beside random heads; a panel per kind of ablation."""
-    kinds = [kind for kind in ABLATIONS if any(one["name"] == kind for one in effects)]
-    made = [_ablation_panel([one for one in effects if one["name"] == kind], ABLATIONS[kind]) for kind in kinds]
+    kinds = [kind for kind in ABLATION_TITLES if any(one["name"] == kind for one in effects)]
+    made = [_ablation_panel([one for one in effects if one["name"] == kind], ABLATION_TITLES[kind]) for kind in kinds]
     series = [marks for panel in made for marks in panel.elements if isinstance(marks, Marks) and marks.x]
     legend = [Entry(said, shape, colour) for said, (shape, colour, _) in _LOSSES.items()
               if any(marks.shape == shape for marks in series)]  # fmt: skip

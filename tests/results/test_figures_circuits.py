@@ -153,7 +153,7 @@ def composition(senders: int = 3) -> Composition:
 def test_composition_frames_the_pair_under_k_and_prints_bold_what_counts():
     drawn = draw(figures_circuits.composition_figure(composition(), ((0, 1), 0), "title"))
     panels = drawn.axes[:3]
-    assert [axes.get_title()[0] for axes in panels] == list(WAYS) == list(figures_circuits.WAYS)
+    assert [axes.get_title()[0] for axes in panels] == list(WAYS) == list(figures_circuits.WAY_TITLES)
     assert [outlines(axes) for axes in panels] == [[], [(-0.5, 0.5)], []]
     bold = [(axes.get_title()[0], text.get_position()) for axes in panels for text in axes.texts
             if text.get_fontweight() == "bold"]  # fmt: skip
@@ -228,7 +228,7 @@ def test_every_part_stands_at_its_effect_beside_its_control():
 
 def test_every_kind_of_edit_and_path_that_is_measured_has_its_place():
     assert list(figures_circuits.REPLACED) == list(KINDS)
-    assert list(figures_circuits.COLUMNS) == [*PATHS, WHOLE]
+    assert list(figures_circuits.PATH_COLUMNS) == [*PATHS, WHOLE]
 
 
 def test_effects_too_small_to_matter_do_not_fill_the_axes():
