@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what loads torch, scikit-learn or matplotlib is imported wh
     from common.heads.texts import TextScores
     from common.interventions.ablation import Ablation
     from common.loading.models import Model
+    from common.results.spec import Figure
 
 # Edit me: the texts to look at.
 sequences = [
@@ -86,8 +87,11 @@ def find_induction_heads(args: argparse.Namespace) -> None:
         on_texts = [(text, tokens, score_text(model, tokens, **options)) for text, tokens in encoded]
         report.write_csv(folder / "heads.csv", heads)
         if not args.no_plots:
-            draw(folder, model, measured, labels, on_texts)
-            draw_effects(folder, model, measured, heads, ablated)
+            from common.results import draw
+
+            figures = make_figures(model, measured, labels, on_texts, heads, ablated)
+            for stem, figure in figures.items():
+                draw.save(figure, folder / f"{stem}.png")
         results = {
             **report.provenance(args, model, started),
             "rows": measured.rows,
@@ -103,7 +107,7 @@ def find_induction_heads(args: argparse.Namespace) -> None:
             ],
         }
         if not args.no_plots:
-            write_page(folder, model, results, ablated, on_texts)
+            write_page(folder, model, results, ablated, on_texts, figures)
         results["files"] = sorted([*(path.name for path in folder.iterdir()), "results.json"])
         report.write_json(folder / "results.json", results)
     print_summary(results, measured, quality, ablated, out)
@@ -148,56 +152,50 @@ def ablate(model: Model, measured: Survey, args: argparse.Namespace, out: Path) 
     return ablated
 
 
-def draw(folder: Path, model: Model, measured: Survey, labels: Labels | None, on_texts: Sequence[Any]) -> None:
-    """The mosaic, every head against its threshold, the attention budgets, and the strongest heads on each text."""
-    from common.results import plots
+def make_figures(
+    model: Model, measured: Survey, labels: Labels | None, on_texts: Sequence[Any], heads: Sequence[dict[str, Any]],
+    ablated: Ablation | None,
+) -> dict[str, Figure]:  # fmt: skip
+    """Every picture by the stem of its file's name."""
+    from common.results import figures_heads as made
 
-    found = measured.found
-    plots.save(plots.mosaic_figure(found, f"Induction heads of {model.name}"), folder / "mosaic.png")
-    plots.save(
-        plots.threshold_figure(found, f"{model.name}: each head against its own threshold"), folder / "thresholds.png"
-    )
-    budget = measured.evidence.repeats.budget()
-    plots.save(plots.budget_figure(found, budget, f"{model.name}: where attention goes"), folder / "budget.png")
+    found, paid = measured.found, measured.evidence.repeats.budget()
+    figures = {
+        "mosaic": made.mosaic_figure(found, f"Induction heads of {model.name}"),
+        "thresholds": made.threshold_figure(found, f"{model.name}: each head against its own threshold"),
+        "budget": made.budget_figure(found, paid, f"{model.name}: where attention goes"),
+        "effects": made.effect_figure(heads, f"{model.name}: looking like induction, and doing it"),
+    }
     if labels and labels.heads:
-        figure = plots.precision_recall_figure(found, labels, f"{model.name}: detection against labels")
-        plots.save(figure, folder / "precision_recall.png")
+        title = f"{model.name}: detection against labels"
+        figures["precision_recall"] = made.precision_recall_figure(found, labels, title)
+    if ablated and ablated.effects:
+        figures["ablation"] = made.ablation_figure(ablated.effects, f"{model.name}: without its induction heads")
     for number, (text, tokens, on_text) in enumerate(on_texts, start=1):
         title = f"{model.name} on text {number}: {cli.shortened(text)}"
-        panels = text_panels(model, measured, tokens, on_text)
-        figure = plots.attention_grid(panels, model.strings(tokens), on_text.cells, title)
-        plots.save(figure, folder / f"attention_{number:02d}.png")
-
-
-def draw_effects(
-    folder: Path, model: Model, measured: Survey, heads: Sequence[dict[str, Any]], ablated: Ablation | None
-) -> None:
-    """Score against effect for every head, and what the model loses without its induction heads."""
-    from common.results import effect_plots, plots
-
-    figure = effect_plots.scatter_figure(heads, f"{model.name}: looking like induction, and doing it")
-    plots.save(figure, folder / "effects.png")
-    if ablated and ablated.effects:
-        figure = effect_plots.ablation_figure(ablated, f"{model.name}: without its induction heads")
-        plots.save(figure, folder / "ablation.png")
+        panels, strings = text_panels(model, measured, tokens, on_text), model.strings(tokens)
+        figures[f"attention_{number:02d}"] = made.token_figure("pattern", panels, strings, on_text.cells, title)
+    return figures
 
 
 def write_page(
-    folder: Path, model: Model, results: dict[str, Any], ablated: Ablation | None, on_texts: Sequence[Any]
-) -> None:
+    folder: Path, model: Model, results: dict[str, Any], ablated: Ablation | None, on_texts: Sequence[Any],
+    figures: dict[str, Figure],
+) -> None:  # fmt: skip
     """The pictures on one page, report.html, with every number on hovering and the patterns of every head."""
     from common.heads import scores
-    from common.results import html_report, tables
+    from common.results import page, tables
+    from common.results.figures_heads import drawn_places
 
-    def on_page(number: int, text: str, tokens: Ints, on_text: TextScores) -> html_report.TextMaps:
+    def on_page(number: int, text: str, tokens: Ints, on_text: TextScores) -> page.TextMaps:
         said = tables.text_line(number, results["sequences"][number - 1])
-        places = html_report.drawn_places(len(tokens), on_text.cells)
+        places = drawn_places(len(tokens), on_text.cells)
         pattern = scores.every_pattern(model, tokens, places).reshape(-1, len(places), len(places))
-        return html_report.TextMaps(text, model.strings(tokens), said, on_text.cells, places, {"pattern": pattern})
+        return page.TextMaps(text, model.strings(tokens), said, on_text.cells, places, {"pattern": pattern})
 
     said = [tables.verdict_sentence(results["heads"], ablated)]
     texts = (on_page(number, *one) for number, one in enumerate(on_texts, start=1))
-    html_report.save(html_report.induction_page(results, said, texts), folder)
+    page.save(page.induction_page(results, said, texts, figures), folder)
 
 
 def text_panels(model: Model, measured: Survey, tokens: Ints, on_text: TextScores) -> list[tuple[str, Floats]]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what loads torch or matplotlib is imported where it is used
     from common.circuits.qk import Decomposition, Interaction
     from common.interventions.qk_interventions import Experiments
     from common.loading.models import Model
+    from common.results.spec import Figure
 
 # Edit me: the texts to look at, and the layer ("auto": the layer of the strongest induction head; or a number).
 sequences = [
@@ -84,8 +85,10 @@ def analyse_layer(args: argparse.Namespace) -> None:
         decomposed = [record for entry in looked for record in entry.pop("decomposed")]
         on_page = [entry.pop("on_page") for entry in looked]
         richest = max(looked, key=lambda entry: len(entry["cells"]))["number"]  # the text with most induction cells
-        weights = weigh(folder, model, chosen, previous_token, args, *encoded[richest - 1])
-        experiments = intervene(folder, model, chosen, found, args, report.earlier_results(out))
+        figures: dict[str, Figure] = {}  # of weights and interventions; those of a text are saved with the text
+        weights = weigh(figures, model, chosen, previous_token, args, *encoded[richest - 1])
+        experiments = intervene(figures, model, chosen, found, args, report.earlier_results(out))
+        save_all(folder, figures)
         terms = [{"text": one["text"], "head": one["head"], **term} for one in decomposed for term in one["terms"]]
         if terms:
             report.write_csv(folder / "terms.csv", terms)
@@ -103,9 +106,10 @@ def analyse_layer(args: argparse.Namespace) -> None:
             "experiments": experiments.about() if experiments else None,
         }
         if not args.no_plots:
-            from common.results import html_qk
+            from common.results import page, qk_tables
 
-            html_qk.save(folder, results, chosen.leading, on_page)
+            said = qk_tables.sentences(results)
+            page.save(page.qk_page(results, chosen.leading, said, on_page, figures), folder)
         results["files"] = sorted([*(path.name for path in folder.iterdir()), "results.json"])
         report.write_json(folder / "results.json", results)
     print_summary(results, richest, str(Head.at(chosen.layer, chosen.leading)), out)
@@ -138,12 +142,11 @@ def look(
         qk.export(met, tokens, folder / f"qk_{number:02d}.safetensors")
     maps, on_page = [], None
     if not args.no_plots:
-        from common.results import html_qk, qk_plots
+        from common.results import figures_circuits, page
 
-        title = f"{model.name}, text {number}: {cli.shortened(text)}"
-        figures = qk_plots.text_figures(met, split, chosen.grid, model.strings(tokens), cells, title)
-        maps = qk_plots.save_all(figures, folder, f"_{number:02d}")
-        on_page = html_qk.of_text(met, split, text, model.strings(tokens), cells)
+        title, strings = f"{model.name}, text {number}: {cli.shortened(text)}", model.strings(tokens)
+        maps = save_all(folder, figures_circuits.text_figures(met, split, chosen.grid, strings, cells, title, number))
+        on_page = page.qk_text(met, split, text, strings, cells)
     records = {head: {"refused": one, "terms": []} if isinstance(one, str) else one.record(TERMS)
                for head, one in split.items()}  # fmt: skip
     return {
@@ -161,6 +164,15 @@ def look(
     }
 
 
+def save_all(folder: Path, figures: dict[str, Figure]) -> list[str]:
+    """Write figures as PNG; the names of their files."""
+    from common.results import draw
+
+    for stem, figure in figures.items():
+        draw.save(figure, folder / f"{stem}.png")
+    return [f"{stem}.png" for stem in figures]
+
+
 def decompose(
     model: Model, tokens: Ints, met: Interaction, heads: list[int], cells: list[tuple[int, int]]
 ) -> dict[int, Decomposition | str]:
@@ -175,8 +187,8 @@ def decompose(
 
 
 def weigh(
-    folder: Path, model: Model, chosen: Chosen, previous_token: Floats, args: argparse.Namespace, text: str,
-    tokens: Ints,
+    figures: dict[str, Figure], model: Model, chosen: Chosen, previous_token: Floats, args: argparse.Namespace,
+    text: str, tokens: Ints,
 ) -> dict[str, Any]:  # fmt: skip
     """What the weights say: which earlier heads the layer reads, and what its leading head makes of a text."""
     from common.circuits import circuits
@@ -192,10 +204,10 @@ def weigh(
         return {"composition": None, "directions": []}
     strings = model.strings(found.tokens)
     if not args.no_plots:
-        from common.results import qk_plots
+        from common.results import figures_circuits
 
         title = f"{model.name}, tokens of: {cli.shortened(text)}"
-        qk_plots.save_all(qk_plots.weight_figures(found, composition, pair, strings, len(tokens), title), folder)
+        figures |= figures_circuits.weight_figures(found, composition, pair, strings, len(tokens), title)
     return {
         "composition": composition.record(pair) if composition and pair else None,
         "directions": [direction.record(strings, TERMS) for direction in found.directions],
@@ -203,7 +215,12 @@ def weigh(
 
 
 def intervene(
-    folder: Path, model: Model, chosen: Chosen, found: Detection, args: argparse.Namespace, earlier: dict[str, Any]
+    figures: dict[str, Figure],
+    model: Model,
+    chosen: Chosen,
+    found: Detection,
+    args: argparse.Namespace,
+    earlier: dict[str, Any],
 ) -> Experiments | None:
     """What the chosen heads' parts do, and the paths into the leading one; None where that was left out."""
     if args.interventions is False:
@@ -218,9 +235,9 @@ def intervene(
     for reason in sorted(set(done.refused.values())):
         report.warn(reason)
     if not args.no_plots:
-        from common.results import effect_plots, qk_plots
+        from common.results import figures_circuits
 
-        qk_plots.save_all(effect_plots.intervention_figures(done.effects, model.name), folder)
+        figures |= figures_circuits.intervention_figures(done.effects, model.name)
     return done
 
 

@@ -468,12 +468,12 @@ def print_ratios(model: str, measured: Sequence[Point]) -> None:
 
 def draw(measured: Sequence[Point], path: Path) -> None:
     """Time and peak memory on a CPU against the length of a row, and against the number of rows."""
-    from common.results import plots
+    import matplotlib.pyplot as plt
 
     model = measured[0].model
     here = [point for point in measured if (point.model, point.device) == (model, "cpu")]
     fewest, usual = min(point.rows for point in here), max(point.length for point in here if point.rows > 1)
-    figure, axes = plots.plt.subplots(2, 2, figsize=(10, 7), sharex="col", layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex="col", layout="constrained")
     for column, (across, kept, value) in enumerate((("length", "rows", fewest), ("rows", "length", usual))):
         lines = [point for point in here if getattr(point, kept) == value]
         draw_lines(axes[0, column], lines, across, lambda point: point.seconds)
@@ -489,7 +489,8 @@ def draw(measured: Sequence[Point], path: Path) -> None:
     axes[1, 1].set_xlabel("rows, controls included")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle(f"Scoring all heads of a model: {model}, CPU")
-    plots.save(figure, path)
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
 
 
 def draw_lines(axes: Axes, lines: Sequence[Point], across: str, value: Callable[[Point], float]) -> None:

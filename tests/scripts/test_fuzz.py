@@ -28,7 +28,7 @@ import qk_circuit_analysis as analysis
 from common import UserError, cli
 from common.heads import labels, texts, tokens
 from common.loading import escapes, models
-from common.results import folders, plots, report
+from common.results import draw, folders, report
 from tests.conftest import roughen, save_random_gpt2
 
 ANY = settings(suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate))
@@ -86,9 +86,9 @@ def test_escaped_text_is_printable_and_keeps_the_rest(text):
 @cases(100)
 @given(TEXT)
 def test_text_in_a_picture_has_a_glyph_for_every_character(text):
-    known = plots.get_font(plots.findfont("DejaVu Sans")).get_charmap()
-    assert all(char == "\n" or ord(char) in known for char in plots.legible(text))
-    assert len(plots.legible(text, 24)) <= 24
+    known = draw.get_font(draw.findfont("DejaVu Sans")).get_charmap()
+    assert all(char == "\n" or ord(char) in known for char in draw.legible(text))
+    assert len(draw.legible(text, 24)) <= 24
 
 
 PARSERS = (cli.threshold, cli.positive, cli.whole_number, cli.number_or("auto", "all"))
