@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,7 +45,9 @@ from common.interventions.interventions import (
     without_source,
 )
 from common.loading.models import Model
-from common.results.chosen import Chosen
+
+if TYPE_CHECKING:
+    from common.results.qk import Chosen
 
 ROWS = 16
 FIRST_ROW = 3_000_000  # ablations draw from 2,000,000 on

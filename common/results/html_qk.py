@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from common.circuits.qk import Decomposition, Interaction
 from common.heads.detection import name
-from common.results import html_figures, html_report
+from common.results import html_figures
 from common.results.html_report import TextMaps, drawn_places
 from common.results.qk_plots import grouped
-from common.results.qk_tables import sentences
 
 MOST_SOURCES = 40  # sources that stay legible in a figure that can be zoomed
-
-
-def save(folder: Path, results: Mapping[str, Any], leading: int, texts: Sequence[TextMaps]) -> None:
-    """Write report.html of the second script into `folder`; the head `leading` of the layer is shown first."""
-    html_report.save(html_report.qk_page(results, leading, sentences(results), texts), folder)
 
 
 def of_text(

@@ -29,7 +29,7 @@ import numpy as np
 from common.heads.detection import name
 from common.heads.sequences import Floats
 from common.results import html_figures, plots
-from common.results.report import plain
+from common.results.files import plain
 
 FILE = "report.html"
 MOST_TEXTS = 24  # texts in one page

@@ -1,0 +1,483 @@
+"""What do the queries of a layer look for, what are its scores made of, and does it matter?
+
+1. Choose: the layer of the strongest induction head, or any, and heads in it.
+2. Maps: on each text the layer's queries and keys meet; a map that is not the model's own stops the analysis.
+3. Decompose: the chosen heads' scores by query source × key source (circuits/decomposition).
+4. Weights: which earlier heads the layer reads, and what the leading head makes of the tokens of one text.
+5. Intervene: parts of the chosen heads are replaced, and the paths into the leading one are cut.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from common import UserError
+from common.attention.head import Head
+from common.circuits import circuits, qk
+from common.circuits.circuits import Composition, HeadCircuits
+from common.circuits.qk import Check, Decomposition, Interaction
+from common.heads.detection import Detection, by_score
+from common.heads.sequences import Floats, Ints, TokenBatch
+from common.heads.survey import Progress, silent, survey
+from common.interventions import qk_interventions
+from common.interventions.qk_interventions import Experiments
+from common.results import files, tables
+from common.results.analysis import Note, Notes, Provenance, encode, ignore, resumable, rows_at_once
+from common.results.tables import TERMS, CompositionRow, EffectRow, RemovalRow, Screenful, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    from common.loading.models import Model
+
+GRID = 16  # heads drawn side by side; of a layer with more, those with the highest prefix matching
+
+DISTANCES = (1, 4, 16)  # between query and key, where the weights' score depends on it
+KEPT = 64_000_000  # bytes of maps kept for figures and export; texts beyond are run again when they are drawn
+
+Pair = tuple[tuple[int, int], int]  # a head (layer, head) that writes, and the head of the layer that reads it
+PART_METRICS = {"prefix_matching", "loss_at_repeats", "loss_at_fresh"}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The layer, its `heads` to show large, the `leading` one of them, those to draw side by side (`grid`), the layer's
+    induction heads, and why these."""
+
+    layer: int
+    heads: list[int]
+    leading: int
+    grid: list[int]
+    induction: list[int]
+    reason: str
+
+
+@dataclass(frozen=True)
+class LayerHead:
+    """One head of the layer: its scores, in [0, 1], and whether it is an induction head."""
+
+    layer: int
+    head: int
+    prefix_matching: float
+    induction: bool
+    previous_token: float
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class LayerOnText(Screenful):
+    """How the layer's queries and keys meet on one text.
+
+    `tokens`: as a reader should see them, BOS first; `ids`: [pos]; `cells`: its induction cells (query, key); `check`:
+    the errors against the model; `split`: by head, what its scores are made of, or why that cannot be said; `removal`:
+    by head, what taking out the strongest key source was predicted and measured to do, None where not measured.
+    """
+
+    number: int
+    text: str
+    tokens: tuple[str, ...]
+    ids: Ints
+    cells: list[tuple[int, int]]
+    check: Check
+    split: dict[int, Decomposition | str]
+    removal: dict[int, RemovalRow | None]
+    kept: Interaction | None
+
+    def summary(self) -> Iterable[str]:
+        yield f"text {self.number}: {shortened(self.text)}; {len(self.cells)} induction cells"
+        yield tables.check_sentence(self.check.max_abs_error)
+
+    def as_json(self, maps: Sequence[str]) -> dict[str, object]:
+        """As results.json holds it; `maps`: the names of its pictures."""
+        check = {**asdict(self.check), "max_abs_error": self.check.max_abs_error}
+        own = {"number": self.number, "text": self.text, "tokens": self.tokens, "cells": self.cells}
+        return {**own, "check": check, "maps": maps}
+
+    def records(self, layer: int) -> list[dict[str, object]]:
+        """The decompositions as results.json holds them, one per head."""
+        found = []
+        for head, one in self.split.items():
+            if isinstance(one, str):
+                record: dict[str, object] = {"refused": one, "terms": []}
+            else:
+                record = one.record(TERMS)
+                record["score_advantage"] = record.pop("lead")
+            where = {"text": self.number, "head": str(Head.at(layer, head))}
+            found.append({**where, **record, "removal": self.removal.get(head)})
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """What the weights say: `composition` of the layer with earlier heads, None in layer 0; the `pair` of a
+    previous-token head and a head that reads it; the leading head's `circuits` on the tokens of text `number`."""
+
+    composition: Composition | None
+    pair: Pair | None
+    circuits: HeadCircuits
+    number: int
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class QKAnalysis(Screenful):
+    """What the queries of a layer look for, and what that does.
+
+    `chosen`: layer and heads, and why; `heads`: the heads of the layer; `texts`: maps and decompositions on each text;
+    `weights`: None where the architecture does not allow it; `experiments`: interventions, None where they were left
+    out; `found`: the survey's verdicts; `notes`: what came up on the way. `model` is kept because figures of long texts
+    run it again.
+    """
+
+    model: Model
+    chosen: Chosen
+    heads: tuple[LayerHead, ...]
+    texts: tuple[LayerOnText, ...]
+    weights: Weights | None
+    experiments: Experiments | None
+    found: Detection
+    provenance: Provenance
+    notes: tuple[Note, ...]
+
+    @property
+    def missing(self) -> list[str]:
+        """What Ctrl-C kept from being measured; given as `earlier`, this result saves measuring the rest again."""
+        return self.experiments.missing if self.experiments else []
+
+    @property
+    def leading(self) -> str:
+        """The name of the head that is drawn large: "5.1"."""
+        return str(Head.at(self.chosen.layer, self.chosen.leading))
+
+    @property
+    def effects(self) -> list[EffectRow]:
+        """The effects of all interventions."""
+        return cast("list[EffectRow]", self.experiments.effects) if self.experiments else []
+
+    @property
+    def composition(self) -> CompositionRow | None:
+        """The composed pair and the strongest pairs, as results.json holds them."""
+        weights = self.weights
+        if not (weights and weights.composition and weights.pair):
+            return None
+        return cast("CompositionRow", weights.composition.record(weights.pair))
+
+    @property
+    def max_abs_error(self) -> float:
+        """Largest absolute error of scores and patterns against the model's own; 0 without texts."""
+        return max((text.check.max_abs_error for text in self.texts), default=0.0)
+
+    def checks(self) -> list[str]:
+        """The self-check, and the composed pair where there is one."""
+        said = [tables.check_sentence(self.max_abs_error)] if self.texts else []
+        return [*said, tables.composition_sentence(self.composition)] if self.composition else said
+
+    def decomposed(self) -> Iterator[tuple[str, Decomposition, str | None]]:
+        """Of the text with most induction cells, each head's sentence, decomposition, and what a removal did."""
+        if text := _richest(self.texts):
+            for head, one in text.split.items():
+                if isinstance(one, Decomposition):
+                    name = str(Head.at(self.chosen.layer, head))
+                    said = tables.advantage_sentence(name, text.number, len(one.cells), one.kind, one.lead)
+                    yield said, one, tables.removal_sentence(text.removal.get(head))
+
+    def summary(self) -> Iterable[str]:
+        yield f"QKAnalysis of {self.model.name}, layer {self.chosen.layer}: {self.chosen.reason}"
+        for said, split, _ in self.decomposed():
+            query, key, value = split.top(1)[0]
+            yield f"{said} most of all {query} × {key} ({value:.2f})"
+        yield from self.checks()
+        if walked := tables.path_sentence(self.effects):
+            yield walked
+        yield f".table(), .figure(name), .page(), .save(folder); figures: {', '.join(self.figures)}"
+
+    def table(self) -> DataFrame:
+        """One row per head of the layer, indexed by its name ("5.1")."""
+        from pandas import DataFrame
+
+        names = [str(Head.at(head.layer, head.head)) for head in self.heads]
+        return DataFrame([asdict(head) for head in self.heads], index=names)
+
+    @property
+    def figures(self) -> list[str]:
+        """The names that `figure` takes."""
+        parts = dict.fromkeys(one["head"] for one in self.effects if "sender" not in one)
+        paths = any("sender" in one for one in self.effects)
+        return [
+            *(name for text in self.texts for name in self.figures_of(text)),
+            *([f"circuits_{self.leading}"] if self.weights else []),
+            *(["composition"] if self.composition else []),
+            *(f"parts_{head}" for head in parts),
+            *([f"paths_{self.leading}"] if paths else []),
+        ]
+
+    def figures_of(self, text: LayerOnText) -> list[str]:
+        """The names of the figures of one text."""
+        stems = ["scores", "patterns"]
+        for head, one in text.split.items():
+            name = Head.at(self.chosen.layer, head)
+            stems += [f"head_{name}"] + ([] if isinstance(one, str) else [f"decomposition_{name}"])
+        return [f"{stem}_{text.number:02d}" for stem in stems]
+
+    def figure(self, name: str) -> Figure:
+        """Draw one of `figures`. Raises UserError for another name."""
+        if name not in self.figures:
+            raise UserError(f"no figure {name!r}: there are {', '.join(self.figures)}")
+        return _one(self, name)
+
+    def page(self) -> str:
+        """report.html: one page of HTML with the maps in it, which needs no network."""
+        return _page(self)
+
+    def interaction(self, text: LayerOnText) -> Interaction:
+        """Queries, keys, scores and patterns of every head of the layer on one text."""
+        return text.kept or qk.interact(self.model, text.ids[None], self.chosen.layer)
+
+    def terms(self) -> list[dict[str, object]]:
+        """The rows of terms.csv: the largest terms of each decomposition."""
+        records = (record for text in self.texts for record in text.records(self.chosen.layer))
+        return [
+            {"text": one["text"], "head": one["head"], **term}
+            for one in records
+            for term in cast("list[dict[str, object]]", one["terms"])
+        ]
+
+    def as_json(self, written: Sequence[str] = (), argv: Sequence[str] = ()) -> dict[str, object]:
+        """What results.json holds, by its schema in qk.schema.json; `written` names the files beside it, `argv` is the
+        command of a script."""
+        directions: list[dict[str, object]] = []
+        if self.weights:
+            strings = self.model.strings(self.weights.circuits.tokens)
+            directions = [direction.record(strings, TERMS) for direction in self.weights.circuits.directions]
+        pictures = {text.number: [f"{name}.png" for name in self.figures_of(text)] for text in self.texts}
+        content: dict[str, object] = {
+            **asdict(self.provenance),
+            **({"argv": argv} if argv else {}),
+            "layer": self.chosen.layer,
+            "chosen": self.chosen.reason,
+            "heads": [asdict(head) for head in self.heads],
+            "check": {"max_abs_error": self.max_abs_error},
+            "sequences": [
+                text.as_json([name for name in pictures[text.number] if name in written]) for text in self.texts
+            ],
+            "decomposition": [record for text in self.texts for record in text.records(self.chosen.layer)],
+            "composition": self.composition,
+            "directions": directions,
+            "interventions": self.effects,
+            "experiments": self.experiments.about() if self.experiments else None,
+            "files": written,
+        }
+        return files.plain(content)
+
+    def save(
+        self, folder: str | Path, *, pictures: bool = True, export: bool = False, argv: Sequence[str] = ()
+    ) -> list[str]:
+        """Write results.json, terms.csv, with `pictures` the PNGs and report.html, and with `export` q and k of the
+        layer as qk_NN.safetensors, whole or not at all; the names of the files. Raises UserError where the folder
+        cannot be written."""
+        with files.output_folder(Path(folder)) as staging:
+            if terms := self.terms():
+                files.write_csv(staging / "terms.csv", terms)
+            for text in self.texts if export else ():
+                qk.export(self.interaction(text), text.ids, staging / f"qk_{text.number:02d}.safetensors")
+            if pictures:
+                _save_pictures(self, staging)
+            return files.write_results(staging, partial(self.as_json, argv=argv))
+
+
+def analyse_qk(
+    model: Model,
+    sequences: Sequence[str],
+    layer: int | str = "auto",
+    *,
+    head: int | str = "auto",
+    threshold: float | None = None,
+    interventions: bool | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    earlier: Mapping[str, object] | None = None,
+    progress: Progress = silent,
+    hear: Callable[[Note], None] = ignore,
+) -> QKAnalysis:
+    """Show what the queries of one layer look for on the texts of `sequences`, and which parts of the model make them.
+
+    `layer`: from 0, or "auto", the layer of the strongest induction head; `head`: from 0, "auto" (the strongest of the
+    layer) or "all"; `threshold`: one number in [0, 1] for all heads in place of their own; `interventions`: whether to
+    replace parts of heads and cut paths, None: where that takes less than a minute; `batch_size`: rows per forward
+    pass, None: as many as help and fit; `earlier`: the content of an earlier results.json, whose interventions are used
+    again where they were made with the same settings; `progress(what, total)`: entered for each long step, told of each
+    finished part; `hear`: told of each note at once.
+
+    Raises UserError for a layer or head that does not exist, for a map that is not the model's own, for a text longer
+    than the context, and where no text has two tokens. After Ctrl-C during the interventions, what was measured is
+    returned and `missing` names the rest.
+    """
+    started, notes = time.monotonic(), Notes(hear)
+    qk.check_exists(model, layer if isinstance(layer, int) else None, head if isinstance(head, int) else None)
+    encoded = encode(model, [sequences] if isinstance(sequences, str) else sequences, notes)
+    batch_size = rows_at_once(model, encoded, batch_size)
+    options = {"seed": seed, "batch_size": batch_size}
+    measured = survey(model, **options, threshold=threshold, progress=progress)
+    found, previous_token = measured.found, measured.evidence.controls.mean("previous_token")
+    chosen = choose(found, layer, head)
+    notes.say(f"layer {chosen.layer}: {chosen.reason}")
+    columns = {"prefix_matching": found.score, "induction": found.induction, "previous_token": previous_token}
+    texts: list[LayerOnText] = []
+    for number, (text, ids) in enumerate(encoded, start=1):
+        room = KEPT - sum(_size(one.kept) for one in texts)
+        texts.append(_look(model, chosen, number, text, ids, interventions is not False, room, notes))
+    weights = _weigh(model, chosen, previous_token, seed, texts, notes)
+    experiments = None
+    if interventions is not False:
+        experiments = _intervene(model, chosen, found, interventions, options, earlier or {}, progress, notes)
+    arguments: dict[str, object] = {"layer": layer, "head": head, "threshold": threshold}
+    arguments |= {"interventions": interventions, **options}
+    return QKAnalysis(
+        model=model,
+        chosen=chosen,
+        heads=tuple(row for row in tables.rows(LayerHead, columns) if row.layer == chosen.layer),
+        texts=tuple(texts),
+        weights=weights,
+        experiments=experiments,
+        found=found,
+        provenance=Provenance.of(model, seed, started, arguments),
+        notes=tuple(notes.all),
+    )
+
+
+def choose(found: Detection, layer: int | str, head: int | str, *, drawn: int = GRID) -> Chosen:
+    """The layer of the strongest induction head ("auto"), or the one asked for; where it has none, the head closest to
+    one. Of the layer the strongest head ("auto"), "all", or the one asked for; at most `drawn` side by side."""
+    by_rank = by_score(found.score)
+    induction = [place for place in by_rank if found.induction[place]]
+    order = [place for place in [*induction, *by_rank] if layer in ("auto", place[0])]
+    at, strongest = order[0]
+    kind = "the strongest induction head is" if found.induction[order[0]] else "no induction head; the closest is"
+    asked = "" if head == "auto" else f"--head {head}; "
+    leading = head if isinstance(head, int) else strongest
+    heads = list(range(found.score.shape[1])) if head == "all" else [leading]
+    grid = sorted([inside for within, inside in by_rank if within == at][:drawn])
+    reason = f"{asked}{kind} {Head.at(at, strongest)}, prefix matching {found.score[at, strongest]:.2f}"
+    return Chosen(at, heads, leading, grid, [inside for within, inside in induction if within == at], reason)
+
+
+def _look(
+    model: Model, chosen: Chosen, number: int, text: str, ids: Ints, remove: bool, room: int, notes: Notes
+) -> LayerOnText:
+    """One text: how queries and keys of the layer meet, and what scores of the chosen heads are made of. `remove`: also
+    take out the strongest key source; `room`: bytes of maps that may be kept."""
+    induction = TokenBatch.of([ids], pad=model.bos).cells["prefix_matching"]
+    cells = sorted(zip(induction.query.tolist(), induction.key.tolist(), strict=True))
+    met = qk.interact(model, ids[None], chosen.layer)
+    split: dict[int, Decomposition | str]
+    try:
+        split = {**qk.decompose(model, ids, met, chosen.heads, cells)}
+    except UserError as error:
+        notes.warn(str(error))
+        split = {head: str(error) for head in chosen.heads}
+    removed = cast("dict[int, RemovalRow | None]", qk_interventions.removals(model, ids, met, split) if remove else {})
+    kept = met if _size(met) <= room else None
+    return LayerOnText(number, text, tuple(model.strings(ids)), ids, cells, met.check, split, removed, kept)
+
+
+def _size(met: Interaction | None) -> int:
+    """Bytes of its arrays."""
+    return sum(array.nbytes for array in (met.q, met.k, met.products, met.scores, met.pattern)) if met else 0
+
+
+def _richest(texts: Sequence[LayerOnText]) -> LayerOnText | None:
+    """The text with most induction cells, the first of several; None without texts."""
+    return max(texts, key=lambda text: len(text.cells), default=None)
+
+
+def _weigh(
+    model: Model, chosen: Chosen, previous_token: Floats, seed: int, texts: Sequence[LayerOnText], notes: Notes
+) -> Weights | None:
+    """Which earlier heads the layer reads, and what its leading head makes of the text with most induction cells."""
+    text = _richest(texts)
+    if text is None:
+        return None
+    try:
+        composition = circuits.compose(model, chosen.layer, seed=seed)
+        heads = chosen.induction or chosen.heads
+        pair = composition.from_previous_token(previous_token, heads) if composition else None
+        head = chosen.layer, chosen.leading
+        found = circuits.head_circuits(model, head, pair and pair[0], text.ids, distances=DISTANCES)
+    except UserError as error:
+        notes.warn(str(error))
+        return None
+    return Weights(composition, pair, found, text.number)
+
+
+def _intervene(
+    model: Model, chosen: Chosen, found: Detection, wanted: bool | None, options: Mapping[str, int],
+    earlier: Mapping[str, object], progress: Progress, notes: Notes,
+) -> Experiments | None:  # fmt: skip
+    """What the chosen heads' parts do, and the paths into the leading one; None where that would take long."""
+    laboratory = qk_interventions.Laboratory(model, chosen, found, **options)
+    if wanted is None and (seconds := laboratory.seconds()) > qk_interventions.PATIENCE:
+        notes.say(f"interventions left out: they would take {seconds / 60:.0f} minutes; --interventions does them")
+        return None
+    needed = {False: PART_METRICS, True: set(qk_interventions.PATH_METRICS)}
+    sound = isinstance(earlier.get("experiments"), dict) and resumable(earlier.get("interventions"), needed)
+    done = qk_interventions.experiment(laboratory, dict(earlier) if sound else None, progress)
+    for reason in sorted(set(done.refused.values())):
+        notes.warn(reason)
+    return done
+
+
+# --- pictures: the only calls of the plot modules here ---
+
+
+def _draw(found: QKAnalysis, wanted: Sequence[str]) -> Iterator[tuple[str, Figure]]:
+    """The figures of `found.figures` that are `wanted`, and others that are made with them, by name."""
+    from common.results import effect_plots, qk_plots
+
+    model, weights = found.model, found.weights
+    for text in found.texts:
+        if not set(wanted).isdisjoint(found.figures_of(text)):
+            met, title = found.interaction(text), f"{model.name}, text {text.number}: {shortened(text.text)}"
+            for stem, figure in qk_plots.text_figures(
+                met, text.split, found.chosen.grid, text.tokens, text.cells, title
+            ):
+                yield f"{stem}_{text.number:02d}", figure
+    if weights and not {"composition", f"circuits_{found.leading}"}.isdisjoint(wanted):
+        text, strings = found.texts[weights.number - 1], model.strings(weights.circuits.tokens)
+        title = f"{model.name}, tokens of: {shortened(text.text)}"
+        yield from qk_plots.weight_figures(
+            weights.circuits, weights.composition, weights.pair, strings, len(text.tokens), title
+        )
+    if any(name.startswith(("parts_", "paths_")) for name in wanted):
+        yield from effect_plots.intervention_figures([dict(one) for one in found.effects], model.name)
+
+
+def _one(found: QKAnalysis, name: str) -> Figure:
+    """One of `found.figures`; those that are made before it are closed."""
+    import matplotlib.pyplot as plt
+
+    for drawn, figure in _draw(found, [name]):
+        if drawn == name:
+            return figure
+        plt.close(figure)
+    raise UserError(f"figure {name!r} was not drawn")
+
+
+def _save_pictures(found: QKAnalysis, folder: Path) -> None:
+    from common.results import html_report, plots
+
+    for name, figure in _draw(found, found.figures):
+        plots.save(figure, folder / f"{name}.png")
+    html_report.save(found.page(), folder)
+
+
+def _page(found: QKAnalysis) -> str:
+    from common.results import html_qk, html_report
+
+    on_page = (
+        html_qk.of_text(found.interaction(text), text.split, text.text, text.tokens, text.cells) for text in found.texts
+    )
+    return html_report.qk_page(found.as_json(), found.chosen.leading, found.checks(), on_page)
