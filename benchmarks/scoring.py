@@ -50,7 +50,7 @@ from common.attention import batching
 from common.heads import scores
 from common.heads.sequences import HEAD_TYPES, Floats, Ints, TokenBatch, battery
 from common.loading import models
-from common.results import report
+from common.results import files
 
 PROGRAM = "benchmark_scoring"
 OURS, HALF = "ours", "ours, bfloat16"
@@ -99,10 +99,10 @@ def benchmark(args: argparse.Namespace) -> None:
     repeats, wanted = (1, QUICK) if args.quick else (args.repeats, POINTS)
     measured: list[Point] = []
     deviations: dict[str, dict[str, float]] = {}
-    with report.output_folder(args.out) as folder, subjects(quick=args.quick) as named:
+    with files.output_folder(args.out) as folder, subjects(quick=args.quick) as named:
         for model, path in named.items():
             for device in devices:
-                report.say(f"{model} on {device}, {time.monotonic() - started:.0f} s")
+                cli.say(f"{model} on {device}, {time.monotonic() - started:.0f} s")
                 with workers(path, device) as ways:
                     measured += timed(ways, model, device, points(wanted, path), repeats)
                     deviations[f"{model} on {device}"] = deviation(ways, max(QUICK) if args.quick else REFERENCE)
@@ -117,7 +117,7 @@ def benchmark(args: argparse.Namespace) -> None:
             "files": ["results.json", "scoring.png"],
         }
         draw(measured, folder / "scoring.png")
-        report.write_json(folder / "results.json", results)
+        files.write_json(folder / "results.json", results)
     print_results(results, measured)
     print(f"Every timing: {args.out / 'results.json'}; drawn: {args.out / 'scoring.png'}")
 
@@ -413,9 +413,9 @@ def print_results(results: Mapping[str, Any], measured: Sequence[Point]) -> None
         print_ratios(model, measured)
     if results["targets"]:
         rows = [[t["what"], f"{t['value']:.2f}", t["wanted"], "yes" if t["met"] else "NO"] for t in results["targets"]]
-        report.print_table("Targets, on the model of GPT-2 small's size", ["what", "measured", "wanted", "met"], rows)
+        cli.print_table("Targets, on the model of GPT-2 small's size", ["what", "measured", "wanted", "met"], rows)
     rows = [[where, f"{by['largest']:.4f}", f"{by['mean']:.4f}"] for where, by in results["bfloat16"].items()]
-    report.print_table("Scores in bfloat16 against float32 (scores lie in [0, 1])", ["model", "largest", "mean"], rows)
+    cli.print_table("Scores in bfloat16 against float32 (scores lie in [0, 1])", ["model", "largest", "mean"], rows)
 
 
 def print_ways(model: str, measured: Sequence[Point]) -> None:
@@ -435,7 +435,7 @@ def print_ways(model: str, measured: Sequence[Point]) -> None:
             f"{1000 * gpu.seconds:.1f}" if gpu else "-", f"{gpu.peak / MEBIBYTE:.0f}" if gpu else "-",
         ])  # fmt: skip
     columns = ["way", "seconds", "CPU s", "x trunk", "peak MiB", "x trunk", "GPU ms", "GPU MiB"]
-    report.print_table(f"{model}: {tokens[0]} rows of {tokens[1]} tokens, controls included", columns, rows)
+    cli.print_table(f"{model}: {tokens[0]} rows of {tokens[1]} tokens, controls included", columns, rows)
 
 
 def print_ratios(model: str, measured: Sequence[Point]) -> None:
@@ -447,7 +447,7 @@ def print_ratios(model: str, measured: Sequence[Point]) -> None:
         for way in WAYS
     ]
     columns = ["way", *(f"{rows} x {length}" for rows, length in places)]
-    report.print_table(f"{model}: seconds, by rows x tokens", columns, rows)
+    cli.print_table(f"{model}: seconds, by rows x tokens", columns, rows)
 
 
 def draw(measured: Sequence[Point], path: Path) -> None:

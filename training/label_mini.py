@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import cli
 from common.interventions import causal
 from common.loading import models
-from common.results import report
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini", help="mini or a folder (default mini)")
     parser.add_argument("--out", type=Path, default=models.MINI / "labels.json", help="where to write")
     args = parser.parse_args()
-    content = causal.measure(models.load(args.model), progress=report.progress).as_json()
+    content = causal.measure(models.load(args.model), progress=cli.progress).as_json()
     content["source"] += "; python training/label_mini.py"
     args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for head, effects in content["effects_in_nats_with_95_percent_intervals"].items():

@@ -1,26 +1,37 @@
-"""What both analyses begin with and say of themselves: texts, rows at once, notes, provenance, an earlier run."""
+"""What both analyses share: how they begin (texts, rows at once, an earlier run), what they say on the way, and what
+every result can do (table, figures, page, files)."""
 
 from __future__ import annotations
 
+import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+import jsonschema
 
 from common import UserError
 from common.attention.batching import batch_size as rows_that_fit
 from common.heads.sequences import Ints
 from common.heads.survey import ROW_LENGTH
+from common.results import files
 from common.results.tables import Screenful, shortened
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
     from common.loading.models import Model
 
-SCHEMA = 2  # of results.json; 2: `lead` became `score_advantage`, `forbid` became `knockout`, `arguments` came
+SCHEMA = 2  # of results.json; since 1, `lead` became `score_advantage`, `forbid` `knockout`, and `arguments` came
 PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "scikit-learn", "matplotlib")
+EFFECTS = Path(__file__).with_name("effects.schema.json")
 
 
 class Note(NamedTuple):
@@ -30,16 +41,16 @@ class Note(NamedTuple):
     warning: bool = False
 
 
-class Notes:
-    """Gathers notes and passes each on at once."""
+class Notes(list[Note]):
+    """Keeps notes and passes each on at once."""
 
     def __init__(self, hear: Callable[[Note], None]):
-        self.all: list[Note] = []
+        super().__init__()
         self._hear = hear
 
     def say(self, text: str, warning: bool = False) -> None:
-        self.all.append(Note(text, warning))
-        self._hear(self.all[-1])
+        self.append(Note(text, warning))
+        self._hear(self[-1])
 
     def warn(self, text: str) -> None:
         self.say(text, warning=True)
@@ -83,8 +94,72 @@ class Provenance(Screenful):
         )
 
     def summary(self) -> Iterable[str]:
-        yield f"{self.model['name']} ({self.model['source']}), {self.dtype} on {self.device}, seed {self.seed}, "
-        yield f"{self.wall_seconds:.0f} s; arguments: {self.arguments}"
+        yield f"{self.model['name']} ({self.model['source']}), {self.dtype} on {self.device}, {self.wall_seconds:.0f} s"
+        yield f"arguments: {self.arguments}"
+
+
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class Analysis(Screenful, ABC):
+    """A result: `model` is kept because figures and page read patterns from it; `notes`: what came up on the way;
+    `missing`: what Ctrl-C kept from being measured (give as_json() as `earlier` to go on)."""
+
+    model: Model
+    provenance: Provenance
+    notes: tuple[Note, ...]
+    missing: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def figures(self) -> list[str]:
+        """The names that `figure` takes."""
+
+    @abstractmethod
+    def page(self) -> str:
+        """report.html: one page of HTML with the figures in it, which needs no network."""
+
+    @abstractmethod
+    def rows(self) -> dict[str, dict[str, object]]:
+        """By the name of a head ("5.1"), its row of `table`."""
+
+    @abstractmethod
+    def content(self, written: Sequence[str]) -> dict[str, object]:
+        """What is special to the analysis in results.json."""
+
+    @abstractmethod
+    def draw(self, names: Sequence[str]) -> Iterator[tuple[str, Figure]]:
+        """Draw these of `figures`, in any order."""
+
+    def table(self) -> DataFrame:
+        """One row per head, indexed by its name ("5.1")."""
+        from pandas import DataFrame
+
+        return DataFrame.from_dict(self.rows(), orient="index")
+
+    def figure(self, name: str) -> Figure:
+        """Draw one of `figures`. Raises UserError for another name."""
+        if name not in self.figures:
+            raise UserError(f"no figure {name!r}: there are {', '.join(self.figures)}")
+        return dict(self.draw([name]))[name]
+
+    def as_json(self, written: Sequence[str] = (), argv: Sequence[str] = ()) -> dict[str, object]:
+        """What results.json holds, by the JSON schema beside this module. `written`: the names of the files beside it;
+        `argv`: the command of a script."""
+        command = {"argv": argv} if argv else {}
+        return files.plain({**asdict(self.provenance), **command, **self.content(written), "files": written})
+
+    def write(
+        self, folder: str | Path, write_more: Callable[[Path], None], pictures: bool, argv: Sequence[str]
+    ) -> list[str]:
+        """Write results.json, what `write_more` writes and, with `pictures`, PNGs and report.html; the files' names."""
+        with files.output_folder(Path(folder)) as staging:
+            write_more(staging)
+            if pictures:
+                from common.results import html_report, plots
+
+                for name, figure in self.draw(self.figures):
+                    plots.save(figure, staging / f"{name}.png")
+                html_report.save(self.page(), staging)
+            return files.write_results(staging, lambda written: self.as_json(written, argv))
 
 
 def encode(model: Model, texts: Sequence[str], notes: Notes) -> list[tuple[str, Ints]]:
@@ -93,18 +168,18 @@ def encode(model: Model, texts: Sequence[str], notes: Notes) -> list[tuple[str, 
     Raises UserError where a text is longer than the context, or where texts were given and none is left.
     """
     kept = []
-    for number, text in enumerate(texts, start=1):
+    for number, text in enumerate([texts] if isinstance(texts, str) else texts, start=1):
         tokens = model.encode(text)
         if len(tokens) > model.context:
             raise UserError(
                 f"text {number} has {len(tokens)} tokens with BOS and {model.name} reads at most {model.context}: "
                 "shorten it or split it"
             )
-        if len(tokens) < 3:
-            said = f"text {number} ({shortened(text)!r}) has {len(tokens) - 1} tokens, at least 2 are needed: left out"
-            notes.warn(said)
+        if len(tokens) >= 3:
+            kept.append((text, tokens))
             continue
-        kept.append((text, tokens))
+        few = f"has {len(tokens) - 1} tokens, at least 2 are needed: left out"
+        notes.warn(f"text {number} ({shortened(text)!r}) {few}")
     if texts and not kept:
         raise UserError("no text to analyse: give at least one text of two tokens or more")
     return kept
@@ -115,45 +190,11 @@ def rows_at_once(model: Model, encoded: Sequence[tuple[str, Ints]], asked: int |
     return asked or rows_that_fit(model, max([ROW_LENGTH, *(len(tokens) for _, tokens in encoded)]))
 
 
-def resumable(effects: object, needed: Mapping[bool, set[str]]) -> bool:
-    """Whether `effects` from an earlier results.json can be used again: a list of whole effects, with every metric that
-    is `needed` of each head, where the key says whether it is a path's. People edit files, and disks lose the end."""
-    if not isinstance(effects, list) or not all(_is_effect(one) for one in effects):
+def resumable(effects: object, metrics: Mapping[bool, int]) -> bool:
+    """Whether `effects` of an earlier results.json can be used again: whole effects by the schema, and of each head as
+    many as there are `metrics`, where the key says whether it is a path's. People edit files, and disks fill up."""
+    if not jsonschema.Draft202012Validator(json.loads(EFFECTS.read_text(encoding="utf-8"))).is_valid(effects):
         return False
-    measured: dict[tuple[str, str, object], set[str]] = {}
-    for one in effects:
-        measured.setdefault((one["name"], one["head"], one.get("sender")), set()).add(one["metric"])
-    return all(needed[sender is not None] <= metrics for (_, _, sender), metrics in measured.items())
-
-
-def _is_effect(one: object) -> bool:
-    """Whether this has the keys and types of tables.EffectRow."""
-    if not isinstance(one, dict) or not isinstance(one.get("sender", ""), str):
-        return False
-    words = all(isinstance(one.get(key), str) for key in ("name", "head", "metric"))
-    control = one.get("control", "missing")
-    return (
-        words
-        and all(_is_number(one.get(key)) for key in ("clean", "effect", "rows"))
-        and _is_interval(one.get("interval"))
-        and isinstance(one.get("note", 0), str | None)
-        and (control is None or _is_control(control))
-    )
-
-
-def _is_control(control: object) -> bool:
-    return (
-        isinstance(control, dict)
-        and _is_number(control.get("effect"))
-        and _is_interval(control.get("interval"))
-        and isinstance(control.get("heads"), list)
-        and all(isinstance(head, str) for head in control["heads"])
-    )
-
-
-def _is_interval(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and isfinite(value)
+    assert isinstance(effects, list)
+    found = Counter((one["name"], one["head"], one.get("sender")) for one in effects)
+    return all(count == metrics[sender is not None] for (_, _, sender), count in found.items())

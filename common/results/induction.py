@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,12 +32,11 @@ from common.heads.texts import FEW, TextScores, score_text
 from common.interventions import ablation, causal
 from common.interventions.ablation import Ablation
 from common.results import files, tables
-from common.results.analysis import Note, Notes, Provenance, encode, ignore, resumable, rows_at_once
+from common.results.analysis import Analysis, Note, Notes, Provenance, encode, ignore, resumable, rows_at_once
 from common.results.tables import HeadOnText, HeadRow, Screenful, pairs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from pandas import DataFrame
 
     from common.loading.models import Model
 
@@ -86,17 +84,15 @@ class TextResult(Screenful):
         }
 
 
-@dataclass(frozen=True, repr=False, eq=False)
-class InductionHeads(Screenful):
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class InductionHeads(Analysis):
     """The induction heads of a model.
 
     `heads`: every head, layer by layer; `induction_heads`: those with that verdict, highest score first; `texts`: what
     they do on each text; `metrics`: agreement with `labels`, None without labels; `ablation`: the loss without the
-    induction heads, None where it was not measured; `survey`: the arrays behind `heads`; `notes`: what came up on the
-    way. `model` is kept because the figures of texts and the page read patterns from it.
+    induction heads, None where it was not measured; `survey`: the arrays behind `heads`.
     """
 
-    model: Model
     heads: tuple[HeadRow, ...]
     induction_heads: tuple[Head, ...]
     texts: tuple[TextResult, ...]
@@ -104,13 +100,6 @@ class InductionHeads(Screenful):
     labels: Labels | None
     metrics: Metrics | None
     ablation: Ablation | None
-    provenance: Provenance
-    notes: tuple[Note, ...]
-
-    @property
-    def missing(self) -> list[str]:
-        """What Ctrl-C kept from being measured; given as `earlier`, this result saves measuring the rest again."""
-        return self.ablation.missing if self.ablation else []
 
     def sentences(self) -> list[str]:
         """What was found, for a reader: the induction heads, the others, the texts, agreement with the labels."""
@@ -127,40 +116,27 @@ class InductionHeads(Screenful):
         yield from self.sentences()
         yield f".table(), .figure(name), .page(), .save(folder); figures: {', '.join(self.figures)}"
 
-    def table(self) -> DataFrame:
-        """One row per head, indexed by its name ("5.1"), with the columns of heads.csv."""
-        from pandas import DataFrame
-
-        return DataFrame([tables.flat(head) for head in self.heads], index=[head.name for head in self.heads])
+    def rows(self) -> dict[str, dict[str, object]]:
+        return {head.name: tables.flat(head) for head in self.heads}
 
     @property
     def figures(self) -> list[str]:
-        """The names that `figure` takes."""
-        evaluated = bool(self.labels and self.labels.heads)
         return [
             *("mosaic", "thresholds", "budget"),
-            *(["precision_recall"] if evaluated else []),
+            *(["precision_recall"] if self.labels and self.labels.heads else []),
             *(f"attention_{text.number:02d}" for text in self.texts),
             "effects",
             *(["ablation"] if self.ablation and self.ablation.effects else []),
         ]
 
-    def figure(self, name: str) -> Figure:
-        """Draw one of `figures`. Raises UserError for another name."""
-        if name not in self.figures:
-            raise UserError(f"no figure {name!r}: there are {', '.join(self.figures)}")
-        return _draw(self, name)
+    def draw(self, names: Sequence[str]) -> Iterator[tuple[str, Figure]]:
+        return ((name, _draw(self, name)) for name in names)
 
     def page(self) -> str:
-        """report.html: one page of HTML with all figures in it, which needs no network."""
         return _page(self)
 
-    def as_json(self, written: Sequence[str] = (), argv: Sequence[str] = ()) -> dict[str, object]:
-        """What results.json holds, by its schema in induction.schema.json; `written` names the files beside it, `argv`
-        is the command of a script."""
-        content: dict[str, object] = {
-            **asdict(self.provenance),
-            **({"argv": argv} if argv else {}),
+    def content(self, written: Sequence[str]) -> dict[str, object]:
+        return {
             "rows": self.survey.rows,
             "row_length": self.survey.length,
             "heads": [asdict(head) for head in self.heads],
@@ -169,18 +145,13 @@ class InductionHeads(Screenful):
             "ablation": self.ablation.plain() if self.ablation else None,
             "metrics": asdict(self.metrics) if self.metrics else None,
             "sequences": [text.as_json() for text in self.texts],
-            "files": written,
         }
-        return files.plain(content)
 
     def save(self, folder: str | Path, *, pictures: bool = True, argv: Sequence[str] = ()) -> list[str]:
-        """Write results.json, heads.csv and, with `pictures`, the PNGs and report.html, whole or not at all; the names
-        of the files. Raises UserError where the folder cannot be written."""
-        with files.output_folder(Path(folder)) as staging:
-            files.write_csv(staging / "heads.csv", [tables.flat(head) for head in self.heads])
-            if pictures:
-                _save_pictures(self, staging)
-            return files.write_results(staging, partial(self.as_json, argv=argv))
+        """Write results.json, heads.csv and, with `pictures`, PNGs and report.html, whole or not at all; the names of
+        the files. Raises UserError where the folder cannot be written. `argv`: the command of a script."""
+        rows = list(self.rows().values())
+        return self.write(folder, lambda staging: files.write_csv(staging / "heads.csv", rows), pictures, argv)
 
 
 def find_induction_heads(
@@ -210,7 +181,7 @@ def find_induction_heads(
     measured is returned and `missing` names the rest.
     """
     started, notes = time.monotonic(), Notes(hear)
-    encoded = encode(model, [sequences] if isinstance(sequences, str) else sequences, notes)
+    encoded = encode(model, sequences, notes)
     batch_size = rows_at_once(model, encoded, batch_size)
     options = {"seed": seed, "batch_size": batch_size}
     # Labels come before the long work, so that a wrong file is said at once.
@@ -237,7 +208,8 @@ def find_induction_heads(
         metrics=quality,
         ablation=ablated,
         provenance=Provenance.of(model, seed, started, arguments),
-        notes=tuple(notes.all),
+        notes=tuple(notes),
+        missing=tuple(ablated.missing) if ablated else (),
     )
 
 
@@ -257,9 +229,9 @@ def _ablate(
         notes.say(f"ablation left out: it would take about {seconds / 60:.0f} minutes; --ablate does it")
         return None
     before = earlier.get("ablation")
-    needed = {False: set(laboratory.clean), True: set[str]()}
-    sound = isinstance(before, dict) and resumable(before.get("effects"), needed)
-    ablated = ablation.ablate(laboratory, before if sound and isinstance(before, dict) else None, progress)
+    if not (isinstance(before, dict) and resumable(before.get("effects"), {False: len(laboratory.clean)})):
+        before = None
+    ablated = ablation.ablate(laboratory, before, progress)
     for kind, why in ablated.impossible.items():
         notes.warn(f"no ablation by '{kind}': {why}")
     return ablated
@@ -359,14 +331,6 @@ def _attention_figure(found: InductionHeads, text: TextResult) -> Figure:
     shown = patterns(model, text.ids, [*(head.place for head in strongest), (layer, None)])
     title = f"{model.name} on text {text.number}: {tables.shortened(text.text)}"
     return plots.attention_grid(list(zip(titles, shown, strict=True)), text.tokens, text.scores.cells, title)
-
-
-def _save_pictures(found: InductionHeads, folder: Path) -> None:
-    from common.results import html_report, plots
-
-    for name in found.figures:
-        plots.save(found.figure(name), folder / f"{name}.png")
-    html_report.save(found.page(), folder)
 
 
 def _page(found: InductionHeads) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -27,12 +26,11 @@ from common.heads.survey import Progress, silent, survey
 from common.interventions import qk_interventions
 from common.interventions.qk_interventions import Experiments
 from common.results import files, tables
-from common.results.analysis import Note, Notes, Provenance, encode, ignore, resumable, rows_at_once
+from common.results.analysis import Analysis, Note, Notes, Provenance, encode, ignore, resumable, rows_at_once
 from common.results.tables import TERMS, CompositionRow, EffectRow, RemovalRow, Screenful, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from pandas import DataFrame
 
     from common.loading.models import Model
 
@@ -42,7 +40,7 @@ DISTANCES = (1, 4, 16)  # between query and key, where the weights' score depend
 KEPT = 64_000_000  # bytes of maps kept for figures and export; texts beyond are run again when they are drawn
 
 Pair = tuple[tuple[int, int], int]  # a head (layer, head) that writes, and the head of the layer that reads it
-PART_METRICS = {"prefix_matching", "loss_at_repeats", "loss_at_fresh"}
+PART_METRICS = 4  # of each part that is replaced: prefix matching and three losses
 
 
 @dataclass(frozen=True)
@@ -123,30 +121,21 @@ class Weights:
     number: int
 
 
-@dataclass(frozen=True, repr=False, eq=False)
-class QKAnalysis(Screenful):
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class QKAnalysis(Analysis):
     """What the queries of a layer look for, and what that does.
 
     `chosen`: layer and heads, and why; `heads`: the heads of the layer; `texts`: maps and decompositions on each text;
     `weights`: None where the architecture does not allow it; `experiments`: interventions, None where they were left
-    out; `found`: the survey's verdicts; `notes`: what came up on the way. `model` is kept because figures of long texts
-    run it again.
+    out; `found`: the survey's verdicts.
     """
 
-    model: Model
     chosen: Chosen
     heads: tuple[LayerHead, ...]
     texts: tuple[LayerOnText, ...]
     weights: Weights | None
     experiments: Experiments | None
     found: Detection
-    provenance: Provenance
-    notes: tuple[Note, ...]
-
-    @property
-    def missing(self) -> list[str]:
-        """What Ctrl-C kept from being measured; given as `earlier`, this result saves measuring the rest again."""
-        return self.experiments.missing if self.experiments else []
 
     @property
     def leading(self) -> str:
@@ -195,16 +184,11 @@ class QKAnalysis(Screenful):
             yield walked
         yield f".table(), .figure(name), .page(), .save(folder); figures: {', '.join(self.figures)}"
 
-    def table(self) -> DataFrame:
-        """One row per head of the layer, indexed by its name ("5.1")."""
-        from pandas import DataFrame
-
-        names = [str(Head.at(head.layer, head.head)) for head in self.heads]
-        return DataFrame([asdict(head) for head in self.heads], index=names)
+    def rows(self) -> dict[str, dict[str, object]]:
+        return {str(Head.at(head.layer, head.head)): asdict(head) for head in self.heads}
 
     @property
     def figures(self) -> list[str]:
-        """The names that `figure` takes."""
         parts = dict.fromkeys(one["head"] for one in self.effects if "sender" not in one)
         paths = any("sender" in one for one in self.effects)
         return [
@@ -223,14 +207,10 @@ class QKAnalysis(Screenful):
             stems += [f"head_{name}"] + ([] if isinstance(one, str) else [f"decomposition_{name}"])
         return [f"{stem}_{text.number:02d}" for stem in stems]
 
-    def figure(self, name: str) -> Figure:
-        """Draw one of `figures`. Raises UserError for another name."""
-        if name not in self.figures:
-            raise UserError(f"no figure {name!r}: there are {', '.join(self.figures)}")
-        return _one(self, name)
+    def draw(self, names: Sequence[str]) -> Iterator[tuple[str, Figure]]:
+        return _draw(self, names)
 
     def page(self) -> str:
-        """report.html: one page of HTML with the maps in it, which needs no network."""
         return _page(self)
 
     def interaction(self, text: LayerOnText) -> Interaction:
@@ -246,47 +226,41 @@ class QKAnalysis(Screenful):
             for term in cast("list[dict[str, object]]", one["terms"])
         ]
 
-    def as_json(self, written: Sequence[str] = (), argv: Sequence[str] = ()) -> dict[str, object]:
-        """What results.json holds, by its schema in qk.schema.json; `written` names the files beside it, `argv` is the
-        command of a script."""
-        directions: list[dict[str, object]] = []
+    def content(self, written: Sequence[str]) -> dict[str, object]:
+        texts, directions = [], []
+        for text in self.texts:
+            pictures = [f"{name}.png" for name in self.figures_of(text)]
+            texts.append(text.as_json([name for name in pictures if name in written]))
         if self.weights:
             strings = self.model.strings(self.weights.circuits.tokens)
             directions = [direction.record(strings, TERMS) for direction in self.weights.circuits.directions]
-        pictures = {text.number: [f"{name}.png" for name in self.figures_of(text)] for text in self.texts}
-        content: dict[str, object] = {
-            **asdict(self.provenance),
-            **({"argv": argv} if argv else {}),
+        return {
             "layer": self.chosen.layer,
             "chosen": self.chosen.reason,
             "heads": [asdict(head) for head in self.heads],
             "check": {"max_abs_error": self.max_abs_error},
-            "sequences": [
-                text.as_json([name for name in pictures[text.number] if name in written]) for text in self.texts
-            ],
+            "sequences": texts,
             "decomposition": [record for text in self.texts for record in text.records(self.chosen.layer)],
             "composition": self.composition,
             "directions": directions,
             "interventions": self.effects,
             "experiments": self.experiments.about() if self.experiments else None,
-            "files": written,
         }
-        return files.plain(content)
 
     def save(
         self, folder: str | Path, *, pictures: bool = True, export: bool = False, argv: Sequence[str] = ()
     ) -> list[str]:
-        """Write results.json, terms.csv, with `pictures` the PNGs and report.html, and with `export` q and k of the
-        layer as qk_NN.safetensors, whole or not at all; the names of the files. Raises UserError where the folder
-        cannot be written."""
-        with files.output_folder(Path(folder)) as staging:
+        """Write results.json, terms.csv, with `pictures` PNGs and report.html, and with `export` q and k of the layer
+        as qk_NN.safetensors, whole or not at all; the names of the files. Raises UserError where the folder cannot be
+        written. `argv`: the command of a script."""
+
+        def write_more(staging: Path) -> None:
             if terms := self.terms():
                 files.write_csv(staging / "terms.csv", terms)
             for text in self.texts if export else ():
                 qk.export(self.interaction(text), text.ids, staging / f"qk_{text.number:02d}.safetensors")
-            if pictures:
-                _save_pictures(self, staging)
-            return files.write_results(staging, partial(self.as_json, argv=argv))
+
+        return self.write(folder, write_more, pictures, argv)
 
 
 def analyse_qk(
@@ -318,7 +292,7 @@ def analyse_qk(
     """
     started, notes = time.monotonic(), Notes(hear)
     qk.check_exists(model, layer if isinstance(layer, int) else None, head if isinstance(head, int) else None)
-    encoded = encode(model, [sequences] if isinstance(sequences, str) else sequences, notes)
+    encoded = encode(model, sequences, notes)
     batch_size = rows_at_once(model, encoded, batch_size)
     options = {"seed": seed, "batch_size": batch_size}
     measured = survey(model, **options, threshold=threshold, progress=progress)
@@ -345,7 +319,8 @@ def analyse_qk(
         experiments=experiments,
         found=found,
         provenance=Provenance.of(model, seed, started, arguments),
-        notes=tuple(notes.all),
+        notes=tuple(notes),
+        missing=tuple(experiments.missing) if experiments else (),
     )
 
 
@@ -422,8 +397,8 @@ def _intervene(
     if wanted is None and (seconds := laboratory.seconds()) > qk_interventions.PATIENCE:
         notes.say(f"interventions left out: they would take {seconds / 60:.0f} minutes; --interventions does them")
         return None
-    needed = {False: PART_METRICS, True: set(qk_interventions.PATH_METRICS)}
-    sound = isinstance(earlier.get("experiments"), dict) and resumable(earlier.get("interventions"), needed)
+    metrics = {False: PART_METRICS, True: len(qk_interventions.PATH_METRICS)}
+    sound = isinstance(earlier.get("experiments"), dict) and resumable(earlier.get("interventions"), metrics)
     done = qk_interventions.experiment(laboratory, dict(earlier) if sound else None, progress)
     for reason in sorted(set(done.refused.values())):
         notes.warn(reason)
@@ -433,45 +408,32 @@ def _intervene(
 # --- pictures: the only calls of the plot modules here ---
 
 
-def _draw(found: QKAnalysis, wanted: Sequence[str]) -> Iterator[tuple[str, Figure]]:
-    """The figures of `found.figures` that are `wanted`, and others that are made with them, by name."""
-    from common.results import effect_plots, qk_plots
-
-    model, weights = found.model, found.weights
-    for text in found.texts:
-        if not set(wanted).isdisjoint(found.figures_of(text)):
-            met, title = found.interaction(text), f"{model.name}, text {text.number}: {shortened(text.text)}"
-            for stem, figure in qk_plots.text_figures(
-                met, text.split, found.chosen.grid, text.tokens, text.cells, title
-            ):
-                yield f"{stem}_{text.number:02d}", figure
-    if weights and not {"composition", f"circuits_{found.leading}"}.isdisjoint(wanted):
-        text, strings = found.texts[weights.number - 1], model.strings(weights.circuits.tokens)
-        title = f"{model.name}, tokens of: {shortened(text.text)}"
-        yield from qk_plots.weight_figures(
-            weights.circuits, weights.composition, weights.pair, strings, len(text.tokens), title
-        )
-    if any(name.startswith(("parts_", "paths_")) for name in wanted):
-        yield from effect_plots.intervention_figures([dict(one) for one in found.effects], model.name)
-
-
-def _one(found: QKAnalysis, name: str) -> Figure:
-    """One of `found.figures`; those that are made before it are closed."""
+def _draw(found: QKAnalysis, names: Sequence[str]) -> Iterator[tuple[str, Figure]]:
+    """The figures of these names; others that today's functions draw with them are closed."""
     import matplotlib.pyplot as plt
 
-    for drawn, figure in _draw(found, [name]):
-        if drawn == name:
-            return figure
-        plt.close(figure)
-    raise UserError(f"figure {name!r} was not drawn")
+    for name, figure in _drawn_together(found, names):
+        if name in names:
+            yield name, figure
+        else:
+            plt.close(figure)
 
 
-def _save_pictures(found: QKAnalysis, folder: Path) -> None:
-    from common.results import html_report, plots
+def _drawn_together(found: QKAnalysis, names: Sequence[str]) -> Iterator[tuple[str, Figure]]:
+    from common.results import effect_plots, qk_plots
 
-    for name, figure in _draw(found, found.figures):
-        plots.save(figure, folder / f"{name}.png")
-    html_report.save(found.page(), folder)
+    model, weights, grid = found.model, found.weights, found.chosen.grid
+    for text in found.texts:
+        if not set(names).isdisjoint(found.figures_of(text)):
+            met, title = found.interaction(text), f"{model.name}, text {text.number}: {shortened(text.text)}"
+            for stem, figure in qk_plots.text_figures(met, text.split, grid, text.tokens, text.cells, title):
+                yield f"{stem}_{text.number:02d}", figure
+    if weights and not {"composition", f"circuits_{found.leading}"}.isdisjoint(names):
+        text, strings = found.texts[weights.number - 1], model.strings(weights.circuits.tokens)
+        title, length = f"{model.name}, tokens of: {shortened(text.text)}", len(text.tokens)
+        yield from qk_plots.weight_figures(weights.circuits, weights.composition, weights.pair, strings, length, title)
+    if any(name.startswith(("parts_", "paths_")) for name in names):
+        yield from effect_plots.intervention_figures([dict(one) for one in found.effects], model.name)
 
 
 def _page(found: QKAnalysis) -> str:
