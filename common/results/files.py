@@ -19,7 +19,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -32,6 +31,7 @@ from common import UserError
 
 RESULTS = "results.json"
 OLD = ".old"  # what the old results.json is called inside `.NAME.ready` while files move
+PROBE = ".writable"
 PATIENCE = 300.0  # seconds to wait for another run that is writing its pictures to the same folder
 
 
@@ -96,14 +96,21 @@ def _forget(lock: Path) -> None:
 
 
 def _beside(place: Path) -> Path:
-    """Where hidden files go: beside `place`, or in it where the parent is another disk or not ours. OSError if neither
-    can be written."""
-    if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        return place.parent
-    tempfile.TemporaryDirectory(dir=place, prefix=".").cleanup()  # os.access does not know of read-only disks
-    same_disk = place.parent.stat().st_dev == place.stat().st_dev  # os.replace works within one disk only
-    return place.parent if same_disk and os.access(place.parent, os.W_OK) else place
+    """Where hidden files go: beside `place`, or in it where the parent is another disk or not ours. Raises OSError if
+    neither can be written."""
+    beside = place.parent
+    if place.exists():
+        same_disk = beside.stat().st_dev == place.stat().st_dev  # os.replace works within one disk only
+        beside = beside if same_disk and os.access(beside, os.W_OK) else place
+    else:
+        beside.mkdir(parents=True, exist_ok=True)
+    for folder in {beside, place if place.exists() else beside}:
+        # Try it: os.access does not know of read-only disks, and FileLock waits where a file cannot be made. Always
+        # under the same name, so that the next run removes what a killed one left.
+        (folder / PROBE).mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # another run tries the same
+            (folder / PROBE).rmdir()
+    return beside
 
 
 def _move(ready: Path, place: Path) -> None:

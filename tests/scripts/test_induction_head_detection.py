@@ -14,6 +14,7 @@ import pytest
 import induction_head_detection as script
 from common.loading import models
 from tests.conftest import ROOT
+from tests.results import schemas
 from tests.loading.test_models import cache, put_in_cache  # noqa: F401  (a fixture)
 
 QUICK = ["--text", "the cat sat the cat sat"]
@@ -62,6 +63,40 @@ def test_results_follow_the_contract(results):
     detected = {f"{head['layer']}.{head['head']}" for head in results["heads"] if head["induction"]}
     assert detected == set(results["induction_heads"])
     assert [entry["text"] for entry in results["sequences"]] == script.sequences
+
+
+def test_results_are_what_the_schema_says(results, random_gpt2_folder, tmp_path):
+    """With heads and labels, and for a random model with neither, on texts with and without a repeat."""
+    schemas.check("induction", results)
+    assert results["schema"] == 2 and results["argv"]
+    assert results["arguments"] == {"threshold": None, "labels": None, "ablate": None, "seed": 0,
+                                    "batch_size": results["arguments"]["batch_size"]}  # fmt: skip
+    common = ["--model", str(random_gpt2_folder), "--out", str(tmp_path), "--no-plots", "--labels", "none"]
+    assert run(*common, "--text", "a b c", "--text", "a b c a b c") == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    schemas.check("induction", found)
+    assert found["induction_heads"] == [] and found["ablation"] is found["metrics"] is None
+    assert found["sequences"][0]["queries"] == 0 and found["arguments"]["labels"] == "none"
+
+
+@pytest.mark.parametrize("broken", ["text", 3, [], {"settings": "same"}, {"effects": {}}, {"effects": [3]},
+                                    {"effects": "text"}, {"effects": None}, {"effects": [{"name": "mean"}]},
+                                    {"effects": "half"}, {"effects": "a null"}])  # fmt: skip
+def test_an_earlier_result_that_is_not_whole_is_measured_again(finished, results, tmp_path, broken):
+    before = results["ablation"]
+    if isinstance(broken, dict):
+        broken = {**before, **broken}
+        if broken.get("effects") == "half":
+            broken["effects"] = before["effects"][:4]
+        if broken.get("effects") == "a null":
+            broken["effects"] = [{**before["effects"][0], "effect": None}, *before["effects"][1:]]
+    settings = broken.get("settings") if isinstance(broken, dict) else None
+    if settings == "same":
+        broken = {"settings": before["settings"]}
+    (tmp_path / "results.json").write_text(json.dumps({**results, "ablation": broken}))
+    assert run("--model", "mini", "--no-plots", "--out", str(tmp_path), *QUICK, "--ablate") == 0
+    again = json.loads((tmp_path / "results.json").read_text())["ablation"]
+    assert again["missing"] == [] and len(again["effects"]) == len(before["effects"])
 
 
 def test_numbers_are_finite_and_shares_of_attention(results):
@@ -186,10 +221,10 @@ def test_a_failed_run_leaves_the_old_files(tmp_path, monkeypatch):
     assert run("--model", "mini", "--no-plots", "--out", str(out), *QUICK) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("common.results.tables.text_entry", fail)
+    monkeypatch.setattr("common.results.induction.score_text", fail)
     assert run("--model", "mini", "--no-plots", "--out", str(out), *QUICK) == 130
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["o"]

@@ -20,6 +20,7 @@ from common.interventions import qk_interventions
 from common.interventions.qk_interventions import KINDS
 from tests import architectures
 from tests.conftest import ROOT
+from tests.results import schemas
 
 QUICK = ["--text", "the cat sat the cat sat", "--no-interventions"]
 
@@ -83,6 +84,33 @@ def test_results_follow_the_contract(results):
         assert all(0 < key < query < len(entry["tokens"]) for query, key in entry["cells"])
     text = json.dumps(results)
     assert "NaN" not in text and "Infinity" not in text
+
+
+def test_results_are_what_the_schema_says(results):
+    schemas.check("qk", results)
+    assert results["schema"] == 2 and results["arguments"]["layer"] == "auto" and results["argv"]
+
+
+@pytest.mark.parametrize("broken", ["text", 3, None, [3], ["text"], {}, [{"name": "uniform"}], "half", "a null"])
+def test_an_earlier_result_that_is_not_whole_is_measured_again(results, tmp_path, monkeypatch, broken):
+    """A result that is whole is taken as it is: then nothing but the clean run is measured."""
+    before, measured = results["interventions"], []
+    if broken == "half":
+        broken = before[:3]
+    if broken == "a null":
+        broken = [*before[:-1], {**before[-1], "clean": None}]
+    honest = qk_interventions._done
+    monkeypatch.setattr(qk_interventions, "_done", lambda *arguments: measured.append(1) or honest(*arguments))
+    monkeypatch.setattr(qk_interventions, "KINDS", ("uniform",))
+    monkeypatch.setattr(qk_interventions, "PATHS", {})
+    earlier = {**results, "interventions": broken}
+    (tmp_path / "results.json").write_text(json.dumps(earlier))
+    common = ["--model", "mini", "--no-plots", "--out", str(tmp_path), "--text", "the cat sat the cat sat"]
+    assert run(*common, "--interventions") == 0
+    assert len(measured) == 2, "one part and one path"
+    measured.clear()
+    assert run(*common, "--interventions") == 0
+    assert measured == []
 
 
 def test_auto_is_the_layer_of_the_strongest_induction_head(results, strongest):
