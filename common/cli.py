@@ -264,7 +264,7 @@ def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, pr
     except UserError as error:
         return _failed(program, str(error), args.debug)
     except KeyboardInterrupt as stop:
-        sys.stderr.write(f"{program}: stopped; {stop or 'nothing was written'}\n")
+        sys.stderr.write(f"{program}: stopped; {str(stop) or 'nothing was written'}\n")
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the table has read enough; the files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

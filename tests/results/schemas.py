@@ -15,3 +15,9 @@ def check(which: str, results: dict) -> None:
     Draft202012Validator.check_schema(schema)
     errors = [f"{one.json_path}: {one.message[:200]}" for one in Draft202012Validator(schema).iter_errors(results)]
     assert errors == []
+
+
+def fits_a_screen(shown: object) -> None:
+    """Fail where a repr takes more than 24 lines of 100 characters."""
+    lines = repr(shown).splitlines()
+    assert 0 < len(lines) <= 24 and max(map(len, lines)) <= 100
