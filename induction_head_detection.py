@@ -58,17 +58,9 @@ def detect(args: argparse.Namespace) -> None:
 
     out = cli.output_folder(args, model, PROGRAM)
     found = find_induction_heads(
-        model,
-        texts,
-        threshold=args.threshold,
-        labels=args.labels,
-        ablate=args.ablate,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        earlier=files.prepare(out),
-        progress=cli.progress,
-        hear=cli.hear,
-    )
+        model, texts, threshold=args.threshold, labels=args.labels, ablate=args.ablate, seed=args.seed,
+        batch_size=args.batch_size, earlier=files.prepare(out), progress=cli.progress, hear=cli.hear,
+    )  # fmt: skip
     written = found.save(out, pictures=not args.no_plots, argv=sys.argv)
     print_summary(found)
     cli.tell(f"Written to {out}: {', '.join(written)}")

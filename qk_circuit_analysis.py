@@ -56,18 +56,10 @@ def analyse(args: argparse.Namespace) -> None:
 
     out = cli.output_folder(args, model, PROGRAM)
     found = analyse_qk(
-        model,
-        texts,
-        layer if args.layer is None else args.layer,
-        head=args.head,
-        threshold=args.threshold,
-        interventions=args.interventions,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        earlier=files.prepare(out),
-        progress=cli.progress,
-        hear=cli.hear,
-    )
+        model, texts, layer if args.layer is None else args.layer, head=args.head, threshold=args.threshold,
+        interventions=args.interventions, seed=args.seed, batch_size=args.batch_size, earlier=files.prepare(out),
+        progress=cli.progress, hear=cli.hear,
+    )  # fmt: skip
     written = found.save(out, pictures=not args.no_plots, export=args.export, argv=sys.argv)
     print_summary(found)
     cli.tell(f"Written to {out}: {', '.join(written)}")

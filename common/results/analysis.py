@@ -82,16 +82,13 @@ class Provenance(Screenful):
     def of(cls, model: Model, seed: int, started: float, arguments: dict[str, object]) -> Provenance:
         """Of an analysis that `started` at that time.monotonic() and ends now."""
         return cls(
-            schema=SCHEMA,
-            seed=seed,
+            schema=SCHEMA, seed=seed,
             versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             model={"name": model.name, "source": model.source, "fingerprint": model.fingerprint},
-            fused_attention=model.trunk is not None,
-            device=str(model.device),
+            fused_attention=model.trunk is not None, device=str(model.device),
             dtype=str(model.bridge.W_U.dtype).removeprefix("torch."),
-            wall_seconds=round(time.monotonic() - started, 2),
-            arguments=arguments,
-        )
+            wall_seconds=round(time.monotonic() - started, 2), arguments=arguments,
+        )  # fmt: skip
 
     def summary(self) -> Iterable[str]:
         yield f"{self.model['name']} ({self.model['source']}), {self.dtype} on {self.device}, {self.wall_seconds:.0f} s"

@@ -75,9 +75,7 @@ class TextResult(Screenful):
     def as_json(self) -> dict[str, object]:
         """As results.json holds it; what was not measured for lack of repeats is left out."""
         return {
-            "text": self.text,
-            "tokens": self.tokens,
-            "queries": self.queries,
+            **{key: getattr(self, key) for key in ("text", "tokens", "queries")},
             "induction_at_work": [str(head) for head in self.induction_at_work],
             "ranked": [str(head) for head in self.ranked],
             "heads": [{key: value for key, value in asdict(head).items() if value is not None} for head in self.heads],
@@ -155,18 +153,10 @@ class InductionHeads(Analysis):
 
 
 def find_induction_heads(
-    model: Model,
-    sequences: Sequence[str] = (),
-    *,
-    threshold: float | None = None,
-    labels: str | None = None,
-    ablate: bool | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    earlier: Mapping[str, object] | None = None,
-    progress: Progress = silent,
-    hear: Callable[[Note], None] = ignore,
-) -> InductionHeads:
+    model: Model, sequences: Sequence[str] = (), *, threshold: float | None = None, labels: str | None = None,
+    ablate: bool | None = None, seed: int = 0, batch_size: int | None = None,
+    earlier: Mapping[str, object] | None = None, progress: Progress = silent, hear: Callable[[Note], None] = ignore,
+) -> InductionHeads:  # fmt: skip
     """Find the induction heads of `model`, and look at what they do on the texts of `sequences`.
 
     `threshold`: one number in [0, 1] for all heads in place of their own; `labels`: what to evaluate against, a file's
@@ -199,18 +189,11 @@ def find_induction_heads(
     )
     arguments: dict[str, object] = {"threshold": threshold, "labels": labels, "ablate": ablate, **options}
     return InductionHeads(
-        model=model,
-        heads=_heads(measured, direct, ablated),
+        model=model, provenance=Provenance.of(model, seed, started, arguments), notes=tuple(notes),
+        missing=tuple(ablated.missing) if ablated else (), heads=_heads(measured, direct, ablated),
         induction_heads=tuple(Head.at(*place) for place in by_score(found.score) if found.induction[place]),
-        texts=texts,
-        survey=measured,
-        labels=truth,
-        metrics=quality,
-        ablation=ablated,
-        provenance=Provenance.of(model, seed, started, arguments),
-        notes=tuple(notes),
-        missing=tuple(ablated.missing) if ablated else (),
-    )
+        texts=texts, survey=measured, labels=truth, metrics=quality, ablation=ablated,
+    )  # fmt: skip
 
 
 def _ablate(
@@ -241,13 +224,9 @@ def _heads(measured: Survey, direct: Floats, ablated: Ablation | None) -> tuple[
     """Every head with all that was measured of it; `direct`: its OV copying, [layers, heads]."""
     found, evidence = measured.found, measured.evidence
     columns = {
-        "verdict": found.verdict,
-        "confidence": found.confidence,
+        **{key: getattr(found, key) for key in ("verdict", "confidence", "control", "threshold", "induction")},
         "prefix_matching": found.score,
         "prefix_matching_interval": pairs(found.low, found.high),
-        "control": found.control,
-        "threshold": found.threshold,
-        "induction": found.induction,
         **{kind: evidence.repeats.mean(kind) for kind in HEAD_TYPES if kind != "prefix_matching"},
         "copying": direct,
         **{f"budget_{part}": paid for part, paid in evidence.repeats.budget().items()},
@@ -275,17 +254,13 @@ def _text(model: Model, measured: Survey, number: int, text: str, ids: Ints, on_
         columns["confidence"] = attention.confidence
         if on_text.queries >= FEW:
             columns["prefix_matching_interval"] = pairs(attention.low, attention.high)
+    at_work = (place for place in ranked if attention and attention.attends[place])
     return TextResult(
-        number=number,
-        text=text,
-        tokens=tuple(model.strings(ids)),
-        ids=ids,
-        queries=on_text.queries,
+        number=number, text=text, tokens=tuple(model.strings(ids)), ids=ids, queries=on_text.queries,
         ranked=tuple(Head.at(*place) for place in ranked),
-        induction_at_work=tuple(Head.at(*place) for place in ranked if attention and attention.attends[place]),
-        heads=tables.rows(HeadOnText, columns),
-        scores=on_text,
-    )
+        induction_at_work=tuple(Head.at(*place) for place in at_work),
+        heads=tables.rows(HeadOnText, columns), scores=on_text,
+    )  # fmt: skip
 
 
 # --- pictures: the only calls of the plot modules here ---

@@ -27,7 +27,7 @@ from common.interventions import qk_interventions
 from common.interventions.qk_interventions import Experiments
 from common.results import files, tables
 from common.results.analysis import Analysis, Note, Notes, Provenance, encode, ignore, resumable, rows_at_once
-from common.results.tables import TERMS, CompositionRow, EffectRow, RemovalRow, Screenful, shortened
+from common.results.tables import TERMS, EffectRow, Screenful, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +83,7 @@ class LayerOnText(Screenful):
     cells: list[tuple[int, int]]
     check: Check
     split: dict[int, Decomposition | str]
-    removal: dict[int, RemovalRow | None]
+    removal: Mapping[int, Mapping[str, object] | None]
     kept: Interaction | None
 
     def summary(self) -> Iterable[str]:
@@ -92,9 +92,8 @@ class LayerOnText(Screenful):
 
     def as_json(self, maps: Sequence[str]) -> dict[str, object]:
         """As results.json holds it; `maps`: the names of its pictures."""
-        check = {**asdict(self.check), "max_abs_error": self.check.max_abs_error}
-        own = {"number": self.number, "text": self.text, "tokens": self.tokens, "cells": self.cells}
-        return {**own, "check": check, "maps": maps}
+        own = {key: getattr(self, key) for key in ("number", "text", "tokens", "cells")}
+        return {**own, "check": {**asdict(self.check), "max_abs_error": self.check.max_abs_error}, "maps": maps}
 
     def records(self, layer: int) -> list[dict[str, object]]:
         """The decompositions as results.json holds them, one per head."""
@@ -110,30 +109,23 @@ class LayerOnText(Screenful):
         return found
 
 
-@dataclass(frozen=True, eq=False)
-class Weights:
-    """What the weights say: `composition` of the layer with earlier heads, None in layer 0; the `pair` of a
-    previous-token head and a head that reads it; the leading head's `circuits` on the tokens of text `number`."""
-
-    composition: Composition | None
-    pair: Pair | None
-    circuits: HeadCircuits
-    number: int
-
-
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class QKAnalysis(Analysis):
     """What the queries of a layer look for, and what that does.
 
     `chosen`: layer and heads, and why; `heads`: the heads of the layer; `texts`: maps and decompositions on each text;
-    `weights`: None where the architecture does not allow it; `experiments`: interventions, None where they were left
-    out; `found`: the survey's verdicts.
+    `composition` of the layer with earlier heads; the `pair` of a previous-token head and a head that reads it;
+    `circuits`: the leading head's weights on the tokens of the `richest` text (each None where the architecture does
+    not allow it, the first two in layer 0); `experiments`: interventions, None where they were left out; `found`: the
+    survey's verdicts.
     """
 
     chosen: Chosen
     heads: tuple[LayerHead, ...]
     texts: tuple[LayerOnText, ...]
-    weights: Weights | None
+    composition: Composition | None
+    pair: Pair | None
+    circuits: HeadCircuits | None
     experiments: Experiments | None
     found: Detection
 
@@ -148,12 +140,9 @@ class QKAnalysis(Analysis):
         return cast("list[EffectRow]", self.experiments.effects) if self.experiments else []
 
     @property
-    def composition(self) -> CompositionRow | None:
-        """The composed pair and the strongest pairs, as results.json holds them."""
-        weights = self.weights
-        if not (weights and weights.composition and weights.pair):
-            return None
-        return cast("CompositionRow", weights.composition.record(weights.pair))
+    def richest(self) -> LayerOnText | None:
+        """The text with most induction cells, the first of several; None without texts."""
+        return _richest(self.texts)
 
     @property
     def max_abs_error(self) -> float:
@@ -163,11 +152,14 @@ class QKAnalysis(Analysis):
     def checks(self) -> list[str]:
         """The self-check, and the composed pair where there is one."""
         said = [tables.check_sentence(self.max_abs_error)] if self.texts else []
-        return [*said, tables.composition_sentence(self.composition)] if self.composition else said
+        if self.composition and self.pair:
+            found = self.composition.record(self.pair)["previous_token_to_induction"]
+            said.append(tables.composition_sentence(**found, limit=self.composition.limit))
+        return said
 
     def decomposed(self) -> Iterator[tuple[str, Decomposition, str | None]]:
         """Of the text with most induction cells, each head's sentence, decomposition, and what a removal did."""
-        if text := _richest(self.texts):
+        if text := self.richest:
             for head, one in text.split.items():
                 if isinstance(one, Decomposition):
                     name = str(Head.at(self.chosen.layer, head))
@@ -193,8 +185,8 @@ class QKAnalysis(Analysis):
         paths = any("sender" in one for one in self.effects)
         return [
             *(name for text in self.texts for name in self.figures_of(text)),
-            *([f"circuits_{self.leading}"] if self.weights else []),
-            *(["composition"] if self.composition else []),
+            *([f"circuits_{self.leading}"] if self.circuits else []),
+            *(["composition"] if self.pair else []),
             *(f"parts_{head}" for head in parts),
             *([f"paths_{self.leading}"] if paths else []),
         ]
@@ -231,9 +223,9 @@ class QKAnalysis(Analysis):
         for text in self.texts:
             pictures = [f"{name}.png" for name in self.figures_of(text)]
             texts.append(text.as_json([name for name in pictures if name in written]))
-        if self.weights:
-            strings = self.model.strings(self.weights.circuits.tokens)
-            directions = [direction.record(strings, TERMS) for direction in self.weights.circuits.directions]
+        if self.circuits:
+            strings = self.model.strings(self.circuits.tokens)
+            directions = [direction.record(strings, TERMS) for direction in self.circuits.directions]
         return {
             "layer": self.chosen.layer,
             "chosen": self.chosen.reason,
@@ -241,7 +233,7 @@ class QKAnalysis(Analysis):
             "check": {"max_abs_error": self.max_abs_error},
             "sequences": texts,
             "decomposition": [record for text in self.texts for record in text.records(self.chosen.layer)],
-            "composition": self.composition,
+            "composition": self.composition.record(self.pair) if self.composition and self.pair else None,
             "directions": directions,
             "interventions": self.effects,
             "experiments": self.experiments.about() if self.experiments else None,
@@ -264,19 +256,10 @@ class QKAnalysis(Analysis):
 
 
 def analyse_qk(
-    model: Model,
-    sequences: Sequence[str],
-    layer: int | str = "auto",
-    *,
-    head: int | str = "auto",
-    threshold: float | None = None,
-    interventions: bool | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    earlier: Mapping[str, object] | None = None,
-    progress: Progress = silent,
-    hear: Callable[[Note], None] = ignore,
-) -> QKAnalysis:
+    model: Model, sequences: Sequence[str], layer: int | str = "auto", *, head: int | str = "auto",
+    threshold: float | None = None, interventions: bool | None = None, seed: int = 0, batch_size: int | None = None,
+    earlier: Mapping[str, object] | None = None, progress: Progress = silent, hear: Callable[[Note], None] = ignore,
+) -> QKAnalysis:  # fmt: skip
     """Show what the queries of one layer look for on the texts of `sequences`, and which parts of the model make them.
 
     `layer`: from 0, or "auto", the layer of the strongest induction head; `head`: from 0, "auto" (the strongest of the
@@ -304,24 +287,18 @@ def analyse_qk(
     for number, (text, ids) in enumerate(encoded, start=1):
         room = KEPT - sum(_size(one.kept) for one in texts)
         texts.append(_look(model, chosen, number, text, ids, interventions is not False, room, notes))
-    weights = _weigh(model, chosen, previous_token, seed, texts, notes)
+    composition, pair, head_circuits = _weigh(model, chosen, previous_token, seed, texts, notes)
     experiments = None
     if interventions is not False:
         experiments = _intervene(model, chosen, found, interventions, options, earlier or {}, progress, notes)
     arguments: dict[str, object] = {"layer": layer, "head": head, "threshold": threshold}
     arguments |= {"interventions": interventions, **options}
     return QKAnalysis(
-        model=model,
-        chosen=chosen,
-        heads=tuple(row for row in tables.rows(LayerHead, columns) if row.layer == chosen.layer),
-        texts=tuple(texts),
-        weights=weights,
-        experiments=experiments,
-        found=found,
-        provenance=Provenance.of(model, seed, started, arguments),
-        notes=tuple(notes),
-        missing=tuple(experiments.missing) if experiments else (),
-    )
+        model=model, provenance=Provenance.of(model, seed, started, arguments), notes=tuple(notes),
+        missing=tuple(experiments.missing) if experiments else (), chosen=chosen,
+        heads=tuple(row for row in tables.rows(LayerHead, columns) if row.layer == chosen.layer), texts=tuple(texts),
+        composition=composition, pair=pair, circuits=head_circuits, experiments=experiments, found=found,
+    )  # fmt: skip
 
 
 def choose(found: Detection, layer: int | str, head: int | str, *, drawn: int = GRID) -> Chosen:
@@ -354,7 +331,7 @@ def _look(
     except UserError as error:
         notes.warn(str(error))
         split = {head: str(error) for head in chosen.heads}
-    removed = cast("dict[int, RemovalRow | None]", qk_interventions.removals(model, ids, met, split) if remove else {})
+    removed = qk_interventions.removals(model, ids, met, split) if remove else {}
     kept = met if _size(met) <= room else None
     return LayerOnText(number, text, tuple(model.strings(ids)), ids, cells, met.check, split, removed, kept)
 
@@ -365,17 +342,15 @@ def _size(met: Interaction | None) -> int:
 
 
 def _richest(texts: Sequence[LayerOnText]) -> LayerOnText | None:
-    """The text with most induction cells, the first of several; None without texts."""
     return max(texts, key=lambda text: len(text.cells), default=None)
 
 
 def _weigh(
     model: Model, chosen: Chosen, previous_token: Floats, seed: int, texts: Sequence[LayerOnText], notes: Notes
-) -> Weights | None:
+) -> tuple[Composition | None, Pair | None, HeadCircuits | None]:
     """Which earlier heads the layer reads, and what its leading head makes of the text with most induction cells."""
-    text = _richest(texts)
-    if text is None:
-        return None
+    if not (text := _richest(texts)):
+        return None, None, None
     try:
         composition = circuits.compose(model, chosen.layer, seed=seed)
         heads = chosen.induction or chosen.heads
@@ -384,8 +359,8 @@ def _weigh(
         found = circuits.head_circuits(model, head, pair and pair[0], text.ids, distances=DISTANCES)
     except UserError as error:
         notes.warn(str(error))
-        return None
-    return Weights(composition, pair, found, text.number)
+        return None, None, None
+    return composition, pair, found
 
 
 def _intervene(
@@ -422,16 +397,17 @@ def _draw(found: QKAnalysis, names: Sequence[str]) -> Iterator[tuple[str, Figure
 def _drawn_together(found: QKAnalysis, names: Sequence[str]) -> Iterator[tuple[str, Figure]]:
     from common.results import effect_plots, qk_plots
 
-    model, weights, grid = found.model, found.weights, found.chosen.grid
+    model, grid = found.model, found.chosen.grid
     for text in found.texts:
         if not set(names).isdisjoint(found.figures_of(text)):
             met, title = found.interaction(text), f"{model.name}, text {text.number}: {shortened(text.text)}"
             for stem, figure in qk_plots.text_figures(met, text.split, grid, text.tokens, text.cells, title):
                 yield f"{stem}_{text.number:02d}", figure
-    if weights and not {"composition", f"circuits_{found.leading}"}.isdisjoint(names):
-        text, strings = found.texts[weights.number - 1], model.strings(weights.circuits.tokens)
-        title, length = f"{model.name}, tokens of: {shortened(text.text)}", len(text.tokens)
-        yield from qk_plots.weight_figures(weights.circuits, weights.composition, weights.pair, strings, length, title)
+    weights = not {"composition", f"circuits_{found.leading}"}.isdisjoint(names)
+    if weights and found.circuits and (richest := found.richest):
+        title, strings = f"{model.name}, tokens of: {shortened(richest.text)}", model.strings(found.circuits.tokens)
+        drawn = found.circuits, found.composition, found.pair
+        yield from qk_plots.weight_figures(*drawn, strings, len(richest.tokens), title)
     if any(name.startswith(("parts_", "paths_")) for name in names):
         yield from effect_plots.intervention_figures([dict(one) for one in found.effects], model.name)
 

@@ -24,16 +24,8 @@ MOST_PRINTED = 20  # heads in the table at the terminal; all are in the files
 TERMS = 8  # terms listed of each decomposition
 SCREEN_LINES, SCREEN_WIDTH = 24, 100  # of a repr: a terminal's default height, and what fits beside other windows
 
-HEAD_COLUMNS = (
-    "head",
-    "verdict, confidence",
-    "prefix\nmatching",
-    "thres-\nhold",
-    "total\neffect",
-    "direct\neffect",
-    "copy-\ning",
-    "attention paid to, %\ntgt prv slf dup BOS oth",
-)
+HEAD_COLUMNS = ("head", "verdict, confidence", "prefix\nmatching", "thres-\nhold", "total\neffect", "direct\neffect",
+                "copy-\ning", "attention paid to, %\ntgt prv slf dup BOS oth")  # fmt: skip
 TERM_COLUMNS = ("query source", "key source", "part of the score advantage")
 PART_COLUMNS = ("replaced", "prefix matching", "loss at repeats", "random heads", "at fresh")
 PARTS_REPLACED = {
@@ -45,6 +37,12 @@ PARTS_REPLACED = {
     "forbid": "induction cells knocked out",
     "mean": "whole head, its mean",
 }
+
+REMOVAL = (
+    "Without {source} in its key, the score advantage changes by {measured:+.4f}, where the decomposition predicts "
+    "{predicted:+.4f} (off by {relative_error:.0e} of it); the score by {score_measured:+.4f}, predicted "
+    "{score_predicted:+.4f}."
+)
 
 Interval = tuple[float | None, float | None]
 Made = TypeVar("Made")
@@ -71,37 +69,6 @@ class EffectRow(TypedDict):
     control: ControlRow | None
     note: str | None
     sender: NotRequired[str]
-
-
-class RemovalRow(TypedDict, total=False):
-    """What taking one source out of a head's key changes, predicted and measured: the score advantage, and the score.
-    `refused`: why that cannot be done."""
-
-    source: str
-    predicted: float
-    measured: float
-    score_predicted: float
-    score_measured: float
-    relative_error: float
-    refused: str
-
-
-class PairRow(TypedDict):
-    """A head that writes, a later head that reads it, and their composition against its baseline."""
-
-    writes: str
-    reads: str
-    score: float
-    baseline: float
-    z: float
-
-
-class CompositionRow(TypedDict):
-    """The pair that makes induction by K-composition, and the strongest pair of each way."""
-
-    z_limit: float
-    previous_token_to_induction: PairRow
-    strongest: dict[str, PairRow]
 
 
 class Screenful:
@@ -322,22 +289,15 @@ def check_sentence(max_abs_error: float) -> str:
     return f"Our scores reproduce the model's: largest error {max_abs_error:.1e}"
 
 
-def composition_sentence(composition: CompositionRow) -> str:
+def composition_sentence(writes: str, reads: str, score: float, baseline: float, z: float, limit: float) -> str:
     """The strongest pair of a previous-token head and an induction head that reads it, by their weights."""
-    pair, limit = composition["previous_token_to_induction"], composition["z_limit"]
-    chance = f"{pair['baseline']:.3f} by chance, z = {pair['z']:.1f} (above {limit:.1f} counts)"
-    return f"K-composition {pair['writes']} → {pair['reads']}: {pair['score']:.3f}, {chance}"
+    chance = f"{baseline:.3f} by chance, z = {z:.1f} (above {limit:.1f} counts)"
+    return f"K-composition {writes} → {reads}: {score:.3f}, {chance}"
 
 
-def removal_sentence(removal: RemovalRow | None) -> str | None:
+def removal_sentence(removal: Mapping[str, object] | None) -> str | None:
     """What a decomposition predicts of its score without the strongest key source, beside what was measured."""
-    if not removal or "predicted" not in removal:
-        return None
-    return (
-        f"Without {removal['source']} in its key, the score advantage changes by {removal['measured']:+.4f}, where the "
-        f"decomposition predicts {removal['predicted']:+.4f} (off by {removal['relative_error']:.0e} of it); the score "
-        f"by {removal['score_measured']:+.4f}, predicted {removal['score_predicted']:+.4f}."
-    )
+    return REMOVAL.format(**removal) if removal and "predicted" in removal else None
 
 
 def part_lines(effects: Sequence[EffectRow], head: str) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""find_induction_heads from Python: the result as table, figure, page, files and repr; no script, no folder, no print."""
+"""find_induction_heads from Python: the result as table, figure, page, files and repr."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_hand_built_model_without_one_and_without_a_repeat_follow_the_schema(h
     built, model = hand_built(1)
     found = find_induction_heads(model, "a b c", batch_size=8)
     schemas.check("induction", json.loads(json.dumps(found.as_json())))
-    assert {str(head) for head in found.induction_heads} == {f"{layer}.{head}" for layer, head in built.heads("induction")}
+    assert {head.place for head in found.induction_heads} == set(built.heads("induction"))
     assert found.texts[0].queries == 0 and "no token comes again" in found.texts[0].sentence()
 
 

@@ -14,8 +14,8 @@ import pytest
 import induction_head_detection as script
 from common.loading import models
 from tests.conftest import ROOT
-from tests.results import schemas
 from tests.loading.test_models import cache, put_in_cache  # noqa: F401  (a fixture)
+from tests.results import schemas
 
 QUICK = ["--text", "the cat sat the cat sat"]
 
@@ -79,21 +79,11 @@ def test_results_are_what_the_schema_says(results, random_gpt2_folder, tmp_path)
     assert found["sequences"][0]["queries"] == 0 and found["arguments"]["labels"] == "none"
 
 
-@pytest.mark.parametrize("broken", ["text", 3, [], {"settings": "same"}, {"effects": {}}, {"effects": [3]},
-                                    {"effects": "text"}, {"effects": None}, {"effects": [{"name": "mean"}]},
-                                    {"effects": "half"}, {"effects": "a null"}])  # fmt: skip
-def test_an_earlier_result_that_is_not_whole_is_measured_again(finished, results, tmp_path, broken):
+@pytest.mark.parametrize("broken", ["text", [3], "half"])
+def test_an_earlier_result_that_is_not_whole_is_measured_again(results, tmp_path, broken):
     before = results["ablation"]
-    if isinstance(broken, dict):
-        broken = {**before, **broken}
-        if broken.get("effects") == "half":
-            broken["effects"] = before["effects"][:4]
-        if broken.get("effects") == "a null":
-            broken["effects"] = [{**before["effects"][0], "effect": None}, *before["effects"][1:]]
-    settings = broken.get("settings") if isinstance(broken, dict) else None
-    if settings == "same":
-        broken = {"settings": before["settings"]}
-    (tmp_path / "results.json").write_text(json.dumps({**results, "ablation": broken}))
+    ablation = {**before, "effects": before["effects"][:4]} if broken == "half" else {**before, "effects": broken}
+    (tmp_path / "results.json").write_text(json.dumps({**results, "ablation": ablation}))
     assert run("--model", "mini", "--no-plots", "--out", str(tmp_path), *QUICK, "--ablate") == 0
     again = json.loads((tmp_path / "results.json").read_text())["ablation"]
     assert again["missing"] == [] and len(again["effects"]) == len(before["effects"])

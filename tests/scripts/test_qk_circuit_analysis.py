@@ -91,19 +91,14 @@ def test_results_are_what_the_schema_says(results):
     assert results["schema"] == 2 and results["arguments"]["layer"] == "auto" and results["argv"]
 
 
-@pytest.mark.parametrize("broken", ["text", 3, None, [3], ["text"], {}, [{"name": "uniform"}], "half", "a null"])
+@pytest.mark.parametrize("broken", ["text", [3], "half"])
 def test_an_earlier_result_that_is_not_whole_is_measured_again(results, tmp_path, monkeypatch, broken):
-    """A result that is whole is taken as it is: then nothing but the clean run is measured."""
-    before, measured = results["interventions"], []
-    if broken == "half":
-        broken = before[:3]
-    if broken == "a null":
-        broken = [*before[:-1], {**before[-1], "clean": None}]
-    honest = qk_interventions._done
+    """A result that is whole is taken as it is."""
+    before, measured, honest = results["interventions"], [], qk_interventions._done
     monkeypatch.setattr(qk_interventions, "_done", lambda *arguments: measured.append(1) or honest(*arguments))
     monkeypatch.setattr(qk_interventions, "KINDS", ("uniform",))
     monkeypatch.setattr(qk_interventions, "PATHS", {})
-    earlier = {**results, "interventions": broken}
+    earlier = {**results, "interventions": before[:3] if broken == "half" else broken}
     (tmp_path / "results.json").write_text(json.dumps(earlier))
     common = ["--model", "mini", "--no-plots", "--out", str(tmp_path), "--text", "the cat sat the cat sat"]
     assert run(*common, "--interventions") == 0
