@@ -28,7 +28,7 @@ from common import UserError
 from common.loading.escapes import escaped
 
 if TYPE_CHECKING:
-    from common.loading.models import Model
+    from common.loading.model import Model
     from common.results.analysis import Note
 
 LOG = logging.getLogger("induction_heads")  # its level is what --quiet and --verbose set
@@ -175,12 +175,12 @@ def _some(texts: Sequence[str]) -> list[str]:
 
 
 def load(args: argparse.Namespace) -> Model:
-    """The model that `--model` names, said before and after. Raises UserError as `models.load` does."""
+    """The model that `--model` names, said before and after. Raises UserError as loading does."""
     say(f"loading --model {args.model} …")
-    from common.loading import models
+    from common.loading.load import load as load_model
 
     options = {"device": args.device, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    model = models.load(args.model, **options, say=say)
+    model = load_model(args.model, **options, say=say)
     say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
     detail(f"it reads {model.context} tokens, BOS {model.bos} included; fingerprint {model.fingerprint}")
     return model

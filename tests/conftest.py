@@ -24,7 +24,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from common.heads.sequences import Battery, battery
+from common.heads.tokens import Battery, battery
 from common.loading import models
 from tests.oracle import Oracle
 

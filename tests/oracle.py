@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from common.heads.sequences import TokenBatch
+from common.heads.tokens import TokenBatch
 from common.interventions import interventions
 from common.interventions.edits import Recordings
 from common.loading import models

@@ -1,4 +1,4 @@
-"""One way to name a head."""
+"""One way to name a head, and the layer it stands in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from typing import NamedTuple
 from common import UserError
 
 ONLY_STACK = ""  # the stack of a model that has one: a causal language model
+
+
+class Place(NamedTuple):
+    """One attention layer: its stack (see `Head`) and its number, from 0."""
+
+    stack: str
+    layer: int
 
 
 class Head(NamedTuple):
@@ -30,6 +37,11 @@ class Head(NamedTuple):
         if not (dot and _is_number(layer) and _is_number(head)):
             raise UserError(f'{text!r} is no head; write layer.head, such as "5.1"')
         return cls(stack, int(layer), int(head))
+
+    @property
+    def attention(self) -> Place:
+        """The attention layer that the head is in."""
+        return Place(self.stack, self.layer)
 
     @property
     def place(self) -> tuple[int, int]:

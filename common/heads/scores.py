@@ -1,7 +1,6 @@
 """Scores of every head, summed as the forward pass goes by: no pattern is kept, no logits are computed.
 
-1. Run the model's trunk, which shows each layer's pattern some queries at a time (common/trunk.py), or where there is
-   none the bridge, which shows it whole.
+1. Run the model. The door shows each layer's pattern some queries at a time (common/attention/call.py).
 2. Of each block read the cells of all head types at once, add them up per query, then per row, on the model's device.
 3. Leave the forward pass in the last layer: what follows (its output, the unembedding) is not needed.
 
@@ -11,17 +10,20 @@ the blocks change a score.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from common.attention.batching import in_batches
-from common.attention.trunk import BlockReader
-from common.heads.sequences import BUDGET, Battery, Cells, Floats, Ints, TokenBatch
-from common.heads.statistics import RowSums
-from common.loading.models import Model, read_patterns
+from common.attention.batches import Advance, in_batches
+from common.attention.call import Call
+from common.heads.statistics import Floats, Ints, RowSums
+from common.heads.tokens import BUDGET, Battery, Cells, TokenBatch
+
+if TYPE_CHECKING:
+    from common.loading.model import Model
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,6 @@ class HeadScores:
         """Standard deviation over queries, [layers, heads]; NaN where no query has a cell."""
         return self.sums[head_type].std()
 
-    def row_means(self, head_type: str) -> Floats:
-        """[rows, layers, heads]; NaN for a row in which no query has a cell."""
-        return self.sums[head_type].row_means()
-
     def budget(self) -> dict[str, Floats]:
         """What a query with a target pays to each part of `BUDGET`, [layers, heads] each; the parts sum to 1."""
         queries = self.sums["prefix_matching"].counts.sum()
@@ -57,9 +55,7 @@ class HeadScores:
         return HeadScores({kind: sums + other.sums[kind] for kind, sums in self.sums.items()}, self.chance)
 
 
-def score(
-    model: Model, batch: TokenBatch, *, batch_size: int, advance: Callable[[int], None] = lambda rows: None
-) -> HeadScores:
+def score(model: Model, batch: TokenBatch, *, batch_size: int, advance: Advance = lambda rows: None) -> HeadScores:
     """Score every head of every layer on every head type; `advance` is told of each finished group of rows.
 
     `batch.tokens`: [rows, pos] ids, at most `model.context` long.
@@ -74,7 +70,7 @@ def score(
 
 
 def score_battery(
-    model: Model, drawn: Battery, *, batch_size: int, advance: Callable[[int], None] = lambda rows: None
+    model: Model, drawn: Battery, *, batch_size: int, advance: Advance = lambda rows: None
 ) -> tuple[HeadScores, HeadScores]:
     """Scores of every head on rows with a repeat and on their controls, which are read at the same cells."""
     repeats = score(model, drawn.repeats, batch_size=batch_size, advance=advance)
@@ -88,7 +84,7 @@ def per_query(model: Model, batch: TokenBatch, *, batch_size: int) -> Floats:
         part = batch.rows(*rows)
         cells = part.cells["prefix_matching"]
         every = np.arange(len(cells.group_row))
-        return _summed(model, part.tokens, _Reads.of(model, part, [cells], [every]), len(every))[0]
+        return _summed(model, part.tokens, _CellsByQuery.of(model, part, [cells], [every]), len(every))[0]
 
     return np.concatenate(in_batches(at_once, len(batch.tokens), batch_size))
 
@@ -100,28 +96,25 @@ def patterns(model: Model, tokens: Ints, wanted: Sequence[tuple[int, int | None]
     """
     kept: dict[tuple[int, int | None], Floats] = {}
 
-    def keep(layer: int, pattern: torch.Tensor) -> None:
+    def keep(layer: int, call: Call) -> None:
+        pattern = call.pattern()[0]
         for at, head in wanted:
             if at == layer:
-                chosen = pattern[0].mean(0) if head is None else pattern[0, head]
-                kept[at, head] = chosen.double().cpu().numpy()
+                kept[at, head] = (pattern.mean(0) if head is None else pattern[head]).double().cpu().numpy()
 
-    read_patterns(model, tokens[None], keep)
+    model.read(tokens[None], keep, sorted({layer for layer, _ in wanted}))
     return [kept[which] for which in wanted]
 
 
 def every_pattern(model: Model, tokens: Ints, places: Sequence[int]) -> Floats:
-    """The patterns of all heads on one row of ids at the chosen positions, [layers, heads, place, place].
-
-    A layer that shows no pattern is NaN.
-    """
-    found = np.full((model.n_layers, model.n_heads, len(places), len(places)), np.nan)
+    """The patterns of all heads on one row of ids at the chosen positions, [layers, heads, place, place]."""
+    found = np.zeros((model.n_layers, model.n_heads, len(places), len(places)))
     rows, columns = np.ix_(places, places)
 
-    def keep(layer: int, pattern: torch.Tensor) -> None:
-        found[layer] = pattern[0, :, rows, columns].double().cpu().numpy()
+    def keep(layer: int, call: Call) -> None:
+        found[layer] = call.pattern()[0, :, rows, columns].double().cpu().numpy()
 
-    read_patterns(model, tokens[None], keep)
+    model.read(tokens[None], keep)
     return found
 
 
@@ -130,13 +123,13 @@ def _score_at_once(model: Model, batch: TokenBatch) -> tuple[Floats, Floats]:
     rows = len(batch.tokens)
     kinds = list(batch.cells.values())
     totals = [number * rows + cells.group_row for number, cells in enumerate(kinds)]
-    sums, squares = _summed(model, batch.tokens, _Reads.of(model, batch, kinds, totals), len(kinds) * rows)
+    sums, squares = _summed(model, batch.tokens, _CellsByQuery.of(model, batch, kinds, totals), len(kinds) * rows)
     shape = (len(kinds), rows, *sums.shape[1:])
     return sums.reshape(shape), squares.reshape(shape)
 
 
 @dataclass(frozen=True)
-class _Reads:
+class _CellsByQuery:
     """Cells of any kinds in the order of their queries, so that those of a block of queries lie side by side.
 
     `cells`: row, query, key and group of each, [4, cells]; a group is the cells of one kind that one query has.
@@ -150,7 +143,7 @@ class _Reads:
     groups_before: Ints
 
     @classmethod
-    def of(cls, model: Model, batch: TokenBatch, kinds: Sequence[Cells], totals: Sequence[Ints]) -> _Reads:
+    def of(cls, model: Model, batch: TokenBatch, kinds: Sequence[Cells], totals: Sequence[Ints]) -> _CellsByQuery:
         """The cells of all kinds, with the sums that the groups of each kind go to; on the model's device."""
         offsets = np.cumsum([0, *(len(cells.group_row) for cells in kinds)])
         group = np.concatenate([cells.group + offset for cells, offset in zip(kinds, offsets, strict=False)])
@@ -186,25 +179,18 @@ def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _summed(model: Model, tokens: Ints, reads: _Reads, n_totals: int) -> tuple[Floats, Floats]:
+def _summed(model: Model, tokens: Ints, cells: _CellsByQuery, n_totals: int) -> tuple[Floats, Floats]:
     """Per total, what its queries pay to their cells, summed, and the squares of what each query pays, summed: both
     [totals, layers, heads]."""
     shape = (model.n_layers, n_totals, model.n_heads)
     sums, squares = (torch.zeros(shape, dtype=_exact(model.device), device=model.device) for _ in range(2))
 
-    def add(layer: int, start: int, pattern: torch.Tensor) -> None:
-        paid, total = reads.paid(pattern, start)
-        sums[layer].index_add_(0, total, paid)
-        squares[layer].index_add_(0, total, paid.square())
+    def add(layer: int, call: Call) -> None:
+        for start, pattern in call.blocks():
+            paid, total = cells.paid(pattern, start)
+            sums[layer].index_add_(0, total, paid)
+            squares[layer].index_add_(0, total, paid.square())
 
-    _read_blocks(model, tokens, add)
+    model.read(tokens, add)
     total, square = (of.movedim(0, 1).double().cpu().numpy() for of in (sums, squares))
     return total, square
-
-
-def _read_blocks(model: Model, tokens: Ints, read_block: BlockReader) -> None:
-    """Run [batch, pos] ids and show every layer's pattern, from the trunk in blocks or from the bridge whole."""
-    if model.trunk:
-        model.trunk.read(torch.from_numpy(tokens).to(model.device), read_block)
-    else:
-        read_patterns(model, tokens, lambda layer, pattern: read_block(layer, 0, pattern))

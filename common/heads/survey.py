@@ -1,39 +1,39 @@
-"""Survey a model: draw battery rows, score every head, say what each one is; more rows until the verdicts hold still.
+"""Survey a model: draw battery rows, score every head, give a verdict on each.
 
-Rows come in lots of `LOT`. After each lot every verdict has a confidence (common/detection.py). Rows are drawn until
-all confidences reach `SURE`, or `MOST_ROWS` are there: a head that sits on its threshold would go on for ever.
+Rows come in lots of `LOT`. After each lot every verdict has a confidence (common/heads/detection.py). Rows are added
+until every verdict's confidence reaches `SURE`, or until there are `MOST_ROWS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common import UserError
-from common.heads.attribution import direct_effect, ov_copying, total_effect
+from common.attention.batches import Advance, Progress, silent
+from common.heads.attribution import attribute, ov_copying, why_no_direct_path
 from common.heads.detection import Detection, detect
 from common.heads.scores import HeadScores, score_battery
-from common.heads.sequences import Battery, Floats, battery
-from common.loading.models import Model
+from common.heads.statistics import Floats
+from common.heads.tokens import ROW_LENGTH, Battery, battery
+
+if TYPE_CHECKING:
+    from common.loading.model import Model
 
 LOT = 32  # battery rows with a repeat, and as many controls
-MOST_ROWS = 64
+MOST_ROWS = 64  # a head whose score lies on its threshold would ask for more rows without end
 EFFECT_ROWS = 8  # of each lot: the effects need a backward pass, and settle sooner
-ROW_LENGTH = 128  # tokens of a battery row, BOS included; less where the context is shorter
 SURE = 0.95
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured: scores on rows with a repeat and on their controls, and on some of the rows the effects.
+    """What was measured of every head.
 
-    `total` and `direct`: effect on the correct token, [rows, layers, heads], in nats; `no_direct_path`: why the model
-    has no direct path from a head to the logits, and `direct` is NaN, or None.
+    `repeats`, `controls`: the scores on rows with a repeat and on their controls. `total`, `direct`: the effects on the
+    correct token's logit, [effect rows, layers, heads], in nats. `no_direct_path`: why the model has no direct path
+    from a head to the logits, and then `direct` is NaN; None if it has one.
     """
 
     repeats: HeadScores
@@ -43,6 +43,7 @@ class Evidence:
     no_direct_path: str | None = None
 
     def __add__(self, other: Evidence) -> Evidence:
+        """The evidence of both lots of rows."""
         return Evidence(
             self.repeats + other.repeats,
             self.controls + other.controls,
@@ -52,31 +53,24 @@ class Evidence:
         )
 
     def decide(self, threshold: float | None) -> Detection:
-        """The verdict on every head, each against its own threshold or against one for all."""
+        """The verdict on every head, each against its own threshold (None) or against one for all."""
         return detect(self.repeats.sums, self.controls.sums, self.total, threshold=threshold)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The verdicts, the evidence they rest on, and the number and length of the rows it comes from."""
+    """The verdicts `found`, the `evidence` they rest on, the number of `rows` with a repeat and their `length`."""
 
     found: Detection
     evidence: Evidence
     rows: int
     length: int
-
     sure: float = SURE
 
     @property
     def settled(self) -> bool:
-        """Whether every verdict has a confidence of `SURE` or more."""
+        """Whether every verdict has a confidence of at least `sure`."""
         return bool(self.found.confidence.min() >= self.sure)
-
-
-@contextmanager
-def silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress that nobody watches."""
-    yield lambda rows: None
 
 
 def survey(
@@ -88,39 +82,38 @@ def survey(
     length: int = ROW_LENGTH,
     progress: Progress = silent,
 ) -> Survey:
-    """Score the heads of `model` on battery rows of `length` tokens until the verdicts hold still.
+    """Score the heads of `model` on battery rows, and add rows until every verdict's confidence reaches `SURE`.
 
-    Rows are as long as the context where that is shorter.
-    `threshold`: one number for all heads in place of their own. `progress(what, total)` is entered for each lot of rows
-    and told of each finished group. Raises UserError where no battery can be drawn.
+    `length`: tokens of a row, or the context if that is shorter. `threshold`: one number in [0, 1] for all heads in
+    place of their own. `progress` is entered for each lot of rows. Raises UserError if no battery can be drawn.
     """
     length = min(length, model.context)
-    steps = 2 * (LOT + EFFECT_ROWS)
+    steps = 2 * LOT + EFFECT_ROWS  # repeats and controls are scored, effects measured on some of them
+    no_direct_path = why_no_direct_path(model)
     state: Survey | None = None
     while state is None or not (state.settled or state.rows >= MOST_ROWS):
         first = state.rows if state else 0
         lot = battery(model.ordinary(), model.bos, rows=LOT, length=length, seed=seed, first=first)
         with progress(f"scoring heads, rows {first + 1} to {first + LOT}", steps) as advance:
-            evidence = measure(model, lot, batch_size=batch_size, advance=advance)
+            evidence = gather_evidence(model, lot, no_direct_path, batch_size=batch_size, advance=advance)
         evidence = state.evidence + evidence if state else evidence
         state = Survey(evidence.decide(threshold), evidence, first + LOT, length)
     return state
 
 
-def measure(model: Model, drawn: Battery, *, batch_size: int, advance: Callable[[int], None]) -> Evidence:
-    """The evidence of one lot of rows; `advance` is told of each row of each pass."""
+def gather_evidence(
+    model: Model, drawn: Battery, no_direct_path: str | None, *, batch_size: int, advance: Advance
+) -> Evidence:
+    """The evidence of one lot of rows; `advance` is told how many rows each pass has finished."""
     repeats, controls = score_battery(model, drawn, batch_size=batch_size, advance=advance)
-    some = drawn.repeats.rows(0, EFFECT_ROWS)
-    total = total_effect(model, some, batch_size=batch_size, advance=advance)
-    try:
-        direct = direct_effect(model, some, batch_size=batch_size, advance=advance)
-    except UserError as error:
-        return Evidence(repeats, controls, total, np.full_like(total, np.nan), str(error))
-    return Evidence(repeats, controls, total, direct)
+    found = attribute(model, drawn.repeats.rows(0, EFFECT_ROWS), batch_size=batch_size, advance=advance)
+    # No verdict needs the direct effect, so its absence stops nothing.
+    direct = np.full_like(found.direct, np.nan) if no_direct_path else found.direct
+    return Evidence(repeats, controls, found.total, direct, no_direct_path)
 
 
-def copying(model: Model, measured: Survey) -> Floats:
-    """OV copying of every head, [layers, heads]; NaN for a model without a direct path from a head to the logits."""
-    if measured.evidence.no_direct_path:
+def copying(model: Model, surveyed: Survey) -> Floats:
+    """OV copying of every head, [layers, heads], in [-1, 1]; NaN if no direct path leads from a head to the logits."""
+    if surveyed.evidence.no_direct_path:
         return np.full((model.n_layers, model.n_heads), np.nan)
     return ov_copying(model)

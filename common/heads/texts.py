@@ -1,32 +1,38 @@
-"""What the heads do on a text of the user's: the battery's question asked again, with as much care, of few cells.
+"""What the heads do on one text of the user's. The same question as on the battery, asked of few cells.
 
-1. The score is prefix matching on the text. Its null is what the head pays to the same cells of `CONTROLS` control
-   rows, the text with every token that repeats drawn afresh.
-2. The threshold follows the rule of common/detection.py. A query of the text is what a row is in the battery, so the
+1. The score is prefix matching on the text. Its null is what the head pays to the same cells of `CONTROL_ROWS` control
+   rows: the text with every token that repeats drawn afresh.
+2. The threshold follows the rule of common/heads/detection.py. A query of the text counts as a row does there, so the
    fewer queries there are, the higher a head must score to pass.
-3. The interval is over queries, and is left out where they are fewer than `FEW`.
+3. The interval is over queries. With fewer than `FEW` queries it is not shown.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.heads.detection import Attention, Precision, attend
 from common.heads.scores import HeadScores, per_query, score
-from common.heads.sequences import Floats, Ints, TokenBatch, text_controls
-from common.heads.statistics import RowSums
-from common.loading.models import Model
+from common.heads.statistics import Floats, Ints, RowSums
+from common.heads.tokens import TokenBatch, text_controls
 
-CONTROLS = 32
-FEW = 5
+if TYPE_CHECKING:
+    from common.loading.model import Model
+
+CONTROL_ROWS = 32  # as many as a lot of the battery has
+FEW = 5  # a bootstrap of fewer values gives an interval that is too narrow
 
 
 @dataclass(frozen=True)
 class TextScores:
-    """`scores` of every head type on a text; `queries` with a target; their `attention` against its null, None where
-    no query has a target; the induction `cells`, as (query, key)."""
+    """What the heads do on a text.
+
+    `scores`: of every head type. `queries`: how many have a target. `attention`: to the targets, against the null; None
+    if no query has a target. `cells`: the induction cells, as (query, key).
+    """
 
     scores: HeadScores
     queries: int
@@ -35,27 +41,35 @@ class TextScores:
 
 
 def score_text(model: Model, tokens: Ints, *, seed: int, batch_size: int, threshold: float | None = None) -> TextScores:
-    """Score every head on one row of ids, BOS first. `threshold`: one number for all heads in place of their own."""
+    """Score every head on one row of ids, `tokens` [pos], BOS first.
+
+    `threshold`: one number in [0, 1] for all heads in place of their own.
+    """
     batch = TokenBatch.of([tokens], pad=model.bos)
     cells = batch.cells["prefix_matching"]
-    queries = len(cells.group_row)
     attention = None
-    if queries:
+    if len(cells.group_row):
         paid = per_query(model, batch, batch_size=1)
-        controls = text_controls(batch, model.ordinary(), rows=CONTROLS, seed=seed)
-        null = per_query(model, controls, batch_size=batch_size).reshape(CONTROLS, *paid.shape)
-        attention = _against_null(paid, null, threshold)
-    places = list(zip(cells.query.tolist(), cells.key.tolist(), strict=True))
-    return TextScores(score(model, batch, batch_size=1), queries, attention, places)
+        controls = text_controls(batch, model.ordinary(), rows=CONTROL_ROWS, seed=seed)
+        null = per_query(model, controls, batch_size=batch_size).reshape(CONTROL_ROWS, *paid.shape)
+        attention = _attend_by_query(paid, null, threshold)
+    pairs = list(zip(cells.query.tolist(), cells.key.tolist(), strict=True))
+    return TextScores(score(model, batch, batch_size=1), len(cells.group_row), attention, pairs)
 
 
-def _against_null(paid: Floats, null: Floats, threshold: float | None) -> Attention:
-    """`paid` [queries, layers, heads] on the text, `null` [controls, queries, layers, heads]; queries count as rows."""
-    queries = len(paid)
+def _attend_by_query(paid: Floats, null: Floats, threshold: float | None) -> Attention:
+    """Compare attention with its null, each query counted as a row.
+
+    `paid`: [queries, layers, heads], on the text. `null`: [controls, queries, layers, heads], on its control rows.
+    """
+    queries, controls = len(paid), len(null)
     counts = np.ones(queries, dtype=np.int64)
+    # Variance of a mean over the text's queries, plus that of the null's mean, which is known from `controls` times as
+    # many values. The spread of the null comes from `controls` rows, whose queries share their tokens.
+    precision = Precision(float(np.sqrt((1 + 1 / controls) / queries)), freedom=controls - 1)
     return attend(
         RowSums(paid, paid**2, counts),
-        RowSums(null.sum(0), (null**2).sum(0), counts * len(null)),
-        Precision(float(np.sqrt((1 + 1 / len(null)) / queries)), freedom=len(null) - 1),
+        RowSums(null.sum(0), (null**2).sum(0), counts * controls),
+        precision,
         threshold=threshold,
     )

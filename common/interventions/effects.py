@@ -11,22 +11,32 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.heads.detection import name as head_name
-from common.heads.sequences import Floats, Ints, TokenBatch, continuing
-from common.heads.statistics import interval_over_rows
-from common.interventions.bench import Bench, Reads, sweep
-from common.interventions.edits import Head, Intervention, applied, record, run_forward
-from common.interventions.interventions import forbid
-from common.loading.models import Model
+from common.attention.batches import Advance
+from common.attention.head import Head
+from common.heads.statistics import Floats, Ints, interval_over_rows, mean_per_row
+from common.heads.tokens import ROW_LENGTH, TokenBatch, battery, continuing
+from common.interventions.edits import Intervention, Recordings, knockout, mean, position_classes
+from common.interventions.runner import Predictions, Runner, row_means, sweep
+
+if TYPE_CHECKING:
+    from common.attention.call import Call
+    from common.heads.detection import Detection
+    from common.loading.model import Model
+
+CONTROLS = 3  # random sets of heads beside each set
+UNASKED = 60.0  # seconds that experiments may take without being asked for
+Intervene = Callable[[Sequence[Head]], Intervention]
+
+METRICS = ("loss_at_repeats", "loss_at_fresh", "loss_difference")  # those that every intervention is measured by
 
 
 def fresh(batch: TokenBatch) -> NDArray[np.bool_]:
@@ -35,6 +45,50 @@ def fresh(batch: TokenBatch) -> NDArray[np.bool_]:
     first = np.where(repeated.any(1), repeated.argmax(1), batch.lengths)
     position = np.arange(batch.tokens.shape[1])
     return (position > 0) & (position < first[:, None])
+
+
+# --- what an experiment is made on ---
+
+
+class Experiment:
+    """Battery rows that no other part of the project draws, and what is measured on them.
+
+    `found`: heads that attend to their targets are no controls (`avoid`). `first`: the battery row to begin at.
+    `settings`: what another run must share to go on from this one.
+    """
+
+    def __init__(self, model: Model, found: Detection, *, rows: int, first: int, seed: int, batch_size: int):
+        length = min(ROW_LENGTH, model.context)
+        self.model = model
+        self.drawn = battery(model.ordinary(), model.bos, rows=rows, length=length, seed=seed, first=first)
+        self.metrics = RowMetrics(model, self.drawn.repeats, batch_size=batch_size)
+        self.avoid = [Head.at(*place) for place in np.argwhere(found.attends)]
+        self.seed, self.batch_size = seed, batch_size
+        self.settings: dict[str, object] = {
+            "fingerprint": model.fingerprint, "seed": seed, "rows": rows, "length": length, "controls": CONTROLS,
+            "avoided": names(self.avoid),
+        }  # fmt: skip
+
+    def recorded(self, tokens: Ints) -> Recordings:
+        """The model's clean activations on [rows, pos] ids."""
+        return Recordings(self.model, tokens, batch_size=self.batch_size)
+
+    def ablations(self) -> dict[str, Intervene]:
+        """The two interventions that take a head away, by name, each a function of the heads that it is made on."""
+        controls = self.recorded(self.drawn.controls.tokens)
+        classes = position_classes(self.drawn.repeats)
+        cells = self.drawn.repeats.cells["prefix_matching"]
+        return {
+            "mean": lambda heads: mean(heads, controls, classes, classes),
+            "knockout": lambda heads: knockout(heads, cells),
+        }
+
+    def seconds(self, runs: int) -> float:
+        """How long so many runs will take at the most, from the time of one."""
+        self.metrics.losses(None)  # a first run is slower
+        started = time.monotonic()
+        self.metrics.losses(None)
+        return (time.monotonic() - started) * runs
 
 
 # --- measures, per row ---
@@ -54,14 +108,15 @@ class RowMetrics:
 
     def __init__(self, model: Model, batch: TokenBatch, *, batch_size: int = 8):
         repeated = continuing(batch)
-        self.bench = Bench(model, batch.tokens, Reads.of(batch.tokens, repeated | fresh(batch)), batch_size=batch_size)
-        reads = self.bench.reads
-        self._repeated = repeated[reads.row, reads.position + 1]
+        predictions = Predictions.of(batch.tokens, repeated | fresh(batch))
+        self.batch = batch
+        self.runner = Runner(model, batch.tokens, predictions, batch_size=batch_size)
+        self._repeated = repeated[predictions.row, predictions.position + 1]
 
     def of(self, intervention: Intervention | None) -> dict[str, Floats]:
         """Each metric, {name: [rows]}, under the intervention (None: clean); NaN for a row with nothing to read."""
-        bench = self.bench
-        found = bench.measure(intervention, {"log_prob": bench.log_prob, "rank": bench.rank, "kl": bench.kl})
+        runner = self.runner
+        found = runner.measure(intervention, {"log_prob": runner.log_prob, "rank": runner.rank, "kl": runner.kl})
         losses = self._losses(found["log_prob"])
         return {
             **losses,
@@ -71,17 +126,29 @@ class RowMetrics:
         }
 
     def losses(self, intervention: Intervention | None) -> dict[str, Floats]:
-        """The first three metrics alone, which need neither ranks nor the clean predictions."""
-        return self._losses(self.bench.measure(intervention, {"log_prob": self.bench.log_prob})["log_prob"])
+        """`METRICS` alone, which need neither ranks nor the clean predictions."""
+        return self._losses(self.runner.measure(intervention, {"log_prob": self.runner.log_prob})["log_prob"])
+
+    def prefix_matching(self, head: Head, intervention: Intervention | None = None) -> Floats:
+        """The head's own prefix matching per row, [rows] in [0, 1]; NaN without a target."""
+        cells = self.batch.cells["prefix_matching"]
+        paid = np.zeros(len(cells.group_row))
+
+        def read(call: Call, rows: slice) -> None:
+            inside = (cells.row >= rows.start) & (cells.row < rows.stop)
+            pattern = call.pattern_of(head.head).double().cpu().numpy()
+            read_off = pattern[cells.row[inside] - rows.start, cells.query[inside], cells.key[inside]]
+            np.add.at(paid, cells.group[inside], read_off)
+
+        self.runner.watch(head.layer, intervention, read)
+        return mean_per_row(paid, cells.group_row, len(self.batch.tokens))
 
     def _losses(self, log_prob: Floats) -> dict[str, Floats]:
         repeats, fresh = (-self._mean(log_prob, chosen) for chosen in (self._repeated, ~self._repeated))
         return {"loss_at_repeats": repeats, "loss_at_fresh": fresh, "loss_difference": repeats - fresh}
 
     def _mean(self, values: Floats, chosen: NDArray[np.bool_]) -> Floats:
-        reads = self.bench.reads
-        some = Reads(reads.row[chosen], reads.position[chosen], reads.token[chosen])
-        return some.row_means(values[chosen], len(self.bench.tokens))
+        return mean_per_row(values[chosen], self.runner.predictions.row[chosen], len(self.batch.tokens))
 
 
 def losses(model: Model, batch: TokenBatch, intervention: Intervention | None = None, *, batch_size: int = 8) -> Floats:
@@ -89,43 +156,22 @@ def losses(model: Model, batch: TokenBatch, intervention: Intervention | None = 
     found = np.full(batch.tokens.shape, np.nan)
     for start in range(0, len(batch.tokens), batch_size):
         rows = slice(start, start + batch_size)
-        with applied(model, intervention, rows):
-            logits = run_forward(model, batch.tokens[rows]).float()
+        logits = model.logits(batch.tokens[rows], intervention.edits if intervention else (), rows=rows).float()
         following = torch.from_numpy(batch.tokens[rows, 1:]).to(logits.device)
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), following, reduction="none")
         found[rows, 1:] = loss.double().cpu().numpy()
     return found
 
 
-def prefix_matching(
-    model: Model, batch: TokenBatch, head: Head, intervention: Intervention | None = None, *, batch_size: int = 8
-) -> Floats:
-    """The head's own prefix matching per row, [rows] in [0, 1], clean or under an intervention; NaN without a target.
-
-    Runs no layer above the head's.
-    """
-    found = np.full(len(batch.tokens), np.nan)
-    place = head[0], "pattern"
-    for start in range(0, len(batch.tokens), batch_size):
-        rows = slice(start, start + batch_size)
-        part = batch.rows(start, start + batch_size)
-        cells = part.cells["prefix_matching"]
-        pattern = record(model, part.tokens, {place}, intervention, rows)[place][:, head[1]].double().cpu().numpy()
-        paid = np.bincount(cells.row, pattern[cells.row, cells.query, cells.key], minlength=len(part.tokens))
-        with np.errstate(invalid="ignore"):
-            found[rows] = paid / np.bincount(cells.group_row, minlength=len(part.tokens))
-    return found
-
-
 def needed(
-    bench: Bench, batch: TokenBatch, heads: Sequence[Head], *, advance: Callable[[int], None] = lambda count: None
+    runner: Runner, batch: TokenBatch, heads: Sequence[Head], *, advance: Advance = lambda count: None
 ) -> Iterator[tuple[Head, Floats]]:
-    """Yield each head with the rise of the loss at the bench's reads, per row [rows], when its own prefix-matching
-    cells are forbidden. `bench` holds the rows of `batch`. Interrupted, what was yielded stays good."""
-    clean = bench.measure(None, {"log_prob": bench.log_prob})["log_prob"]
+    """Yield each head with the rise of the loss at the runner's predictions, per row [rows], when attention to its own
+    prefix-matching cells is knocked out. The runner holds the rows of `batch`. Interrupted, what was yielded stays."""
+    clean = runner.measure(None, {"log_prob": runner.log_prob})["log_prob"]
     cells = batch.cells["prefix_matching"]
-    for intervention, found in sweep(bench, [forbid([head], cells) for head in heads], advance=advance):
-        yield intervention.heads[0], bench.reads.row_means(clean - found["log_prob"], len(batch.tokens))
+    for intervention, found in sweep(runner, [knockout([head], cells) for head in heads], advance=advance):
+        yield intervention.heads[0], row_means(runner.predictions, clean - found["log_prob"], len(batch.tokens))
 
 
 def continuation(
@@ -134,61 +180,64 @@ def continuation(
     """The `count` likeliest next ids, one by one, after [pos] ids that start with BOS.
 
     `intervene` makes the intervention anew for the row as it grows, such as
-    `lambda row: forbid(heads, row.cells["prefix_matching"])`.
+    `lambda row: knockout(heads, row.cells["prefix_matching"])`.
     """
     grown = list(tokens)
     for _ in range(count):
         row = TokenBatch.of([np.array(grown, dtype=np.int64)], pad=model.bos)
-        with applied(model, intervene(row) if intervene else None):
-            grown.append(int(run_forward(model, row.tokens)[0, -1].argmax()))
+        grown.append(int(model.logits(row.tokens, intervene(row).edits if intervene else ())[0, -1].argmax()))
     return np.array(grown[len(tokens) :], dtype=np.int64)
 
 
 # --- from rows to an effect ---
 
 
-def row_means(values: Floats, mask: NDArray[np.bool_]) -> Floats:
-    """Mean of `values` [rows, pos] over `mask`, per row; NaN for a row with no place in it."""
-    with np.errstate(invalid="ignore"):
-        return np.where(mask, values, 0.0).sum(1) / mask.sum(1)
+class Control(TypedDict):
+    """The same intervention on random heads: its mean `effect` with the `interval`, and the sets of `heads` drawn."""
+
+    effect: float
+    interval: tuple[float, float]
+    heads: list[list[str]]
 
 
-def interval(values: Floats, *, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of [rows] values and its 95 % bootstrap interval: (estimate, low, high). Rows that are NaN are left out; NaN
-    throughout where none is left."""
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return float("nan"), float("nan"), float("nan")
-    low, high = interval_over_rows(values, seed)
-    return float(values.mean()), float(low), float(high)
+class Effect(TypedDict):
+    """An intervention's effect on one metric, as results.json holds it.
 
-
-@dataclass(frozen=True)
-class Effect:
-    """An intervention's effect on one metric, ready for results.json.
-
-    `clean`: mean over rows without it. `effect`: mean over rows of with - without, `interval` its 95 % interval, `rows`
-    how many rows had the metric. `control`: the same on random heads, {effect, interval, heads: the sets drawn}, or
-    None, and then `note` says why.
+    `name` of the intervention, `heads` it is made on. `clean`: mean over rows without it. `effect`: mean over rows of
+    with - without, `interval` its 95 % interval, `rows` how many rows had the metric. `control`: the same on random
+    heads, or None, and then `note` says why.
     """
 
     name: str
-    head: str
+    heads: list[str]
     metric: str
     clean: float
     effect: float
     interval: tuple[float, float]
     rows: int
-    control: dict[str, Any] | None
-    note: str | None = None
+    control: Control | None
+    note: str | None
 
-    def plain(self) -> dict[str, Any]:
-        """Plain values, as `report.write_json` takes them."""
-        return asdict(self)
+
+class PathEffect(Effect, total=False):
+    """An effect; that of a path also names its `sender`."""
+
+    sender: str
+
+
+def with_interval(values: Floats, *, seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """Mean of [rows] values and its 95 % bootstrap interval. Rows that are NaN are left out; NaN throughout where none
+    is left."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan"), (float("nan"), float("nan"))
+    low, high = interval_over_rows(values, seed)
+    return float(values.mean()), (float(low), float(high))
 
 
 def effect(
-    intervention: Intervention,
+    name: str,
+    heads: Sequence[Head],
     metric: str,
     clean: Floats,
     changed: Floats,
@@ -201,47 +250,47 @@ def effect(
 
     `controls`: sets of random heads and the metric per row under the same intervention on them.
     """
-    estimate, low, high = interval(changed - clean, seed=seed)
-    control = None
-    if controls:
-        moved = np.mean([values - clean for _, values in controls], axis=0)
-        mean, least, most = interval(moved, seed=seed)
-        control = {"effect": mean, "interval": (least, most), "heads": [names(heads) for heads, _ in controls]}
     counted = ~np.isnan(changed - clean)
-    level = float(clean[counted].mean()) if counted.any() else float("nan")
-    return Effect(
-        intervention.name,
-        names(intervention.heads),
-        metric,
-        level,
-        estimate,
-        (low, high),
-        int(counted.sum()),
-        control,
-        note,
-    )
+    estimate, interval = with_interval(changed - clean, seed=seed)
+    return {
+        "name": name,
+        "heads": names(heads),
+        "metric": metric,
+        "clean": float(clean[counted].mean()) if counted.any() else float("nan"),
+        "effect": estimate,
+        "interval": interval,
+        "rows": int(counted.sum()),
+        "control": _control(clean, controls, seed) if controls else None,
+        "note": note,
+    }
+
+
+def _control(clean: Floats, controls: Sequence[tuple[Sequence[Head], Floats]], seed: int) -> Control:
+    moved = np.mean([values - clean for _, values in controls], axis=0)
+    estimate, interval = with_interval(moved, seed=seed)
+    return {"effect": estimate, "interval": interval, "heads": [names(heads) for heads, _ in controls]}
 
 
 def effects_with_controls(
     metrics: RowMetrics,
-    sets: Sequence[Sequence[Head]],
+    name: str,
+    sets: Sequence[tuple[Head, ...]],
     intervene: Callable[[Sequence[Head]], Intervention],
     *,
     controls: int,
     avoid: Collection[Head] = (),
     seed: int = 0,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Advance = lambda count: None,
 ) -> Iterator[list[Effect]]:
-    """Yield, for each set of heads (lowest layer first), the effect of `intervene(heads)` on every metric.
+    """Yield, for each set of heads (lowest layer first), the effect of `intervene(heads)` on every metric, as `name`.
 
     Each is set beside the same on `controls` layer-matched random sets, none of whose heads are in the set or in
     `avoid`. `advance` is told of each set and each control done. Interrupted, what was yielded stays good.
     """
-    n_heads = metrics.bench.model.n_heads
+    n_heads = metrics.runner.model.n_heads
     clean = metrics.of(None)
     for heads in sorted(sets, key=min):
-        intervention = intervene(heads)
-        changed = metrics.of(intervention)
+        changed = metrics.of(intervene(heads))
         advance(1)
         drawn = []
         for others in layer_matched(heads, n_heads, count=controls, avoid=avoid, seed=seed):
@@ -250,7 +299,7 @@ def effects_with_controls(
         note = None if drawn else no_control(heads, n_heads, avoid)
         yield [
             effect(
-                intervention, metric, clean[metric], changed[metric],
+                name, heads, metric, clean[metric], changed[metric],
                 [(others, values[metric]) for others, values in drawn], note=note, seed=seed,
             )
             for metric in clean
@@ -264,12 +313,12 @@ def layer_matched(
     `avoid` in them. Empty where a layer has too few others: heads of other layers would be no match."""
     if no_control(heads, n_heads, avoid):
         return []
-    pools, sizes = _pools(heads, n_heads, avoid), Counter(layer for layer, _ in heads)
+    pools, sizes = _pools(heads, n_heads, avoid), Counter(head.layer for head in heads)
     rng = np.random.default_rng(seed)
     found: dict[tuple[Head, ...], None] = {}  # a set that keeps the order of drawing
-    for _ in range(20 * count):
+    for _ in range(20 * count):  # a small pool has fewer different sets than are asked for
         chosen = {layer: rng.choice(pools[layer], size, replace=False).tolist() for layer, size in sizes.items()}
-        found[tuple(sorted((layer, head) for layer, picked in chosen.items() for head in picked))] = None
+        found[tuple(sorted(Head.at(layer, head) for layer, picked in chosen.items() for head in picked))] = None
         if len(found) == count:
             break
     return list(found)
@@ -278,7 +327,7 @@ def layer_matched(
 def no_control(heads: Sequence[Head], n_heads: int, avoid: Collection[Head] = ()) -> str | None:
     """Why `layer_matched` has nothing to draw from, or None."""
     pools = _pools(heads, n_heads, avoid)
-    for layer, size in sorted(Counter(layer for layer, _ in heads).items()):
+    for layer, size in sorted(Counter(head.layer for head in heads).items()):
         if len(pools[layer]) < size:
             return f"no control: layer {layer} has {len(pools[layer])} other heads, {size} are needed"
     return None
@@ -287,9 +336,10 @@ def no_control(heads: Sequence[Head], n_heads: int, avoid: Collection[Head] = ()
 def _pools(heads: Sequence[Head], n_heads: int, avoid: Collection[Head]) -> dict[int, list[int]]:
     """Per layer of `heads`, the heads that are neither in it nor to be avoided."""
     taken = {*heads, *avoid}
-    return {layer: [head for head in range(n_heads) if (layer, head) not in taken] for layer, _ in heads}
+    layers = {head.layer for head in heads}
+    return {layer: [head for head in range(n_heads) if Head.at(layer, head) not in taken] for layer in layers}
 
 
-def names(heads: Sequence[Head]) -> str:
-    """`5.1 6.9`."""
-    return " ".join(head_name(*head) for head in heads)
+def names(heads: Sequence[Head]) -> list[str]:
+    """`["5.1", "6.9"]`."""
+    return [str(head) for head in heads]

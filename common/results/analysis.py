@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import jsonschema
 
 from common import UserError
-from common.attention.batching import batch_size as rows_that_fit
-from common.heads.sequences import Ints
-from common.heads.survey import ROW_LENGTH
+from common.attention.batches import batch_size as rows_that_fit
+from common.heads.statistics import Ints
+from common.heads.tokens import ROW_LENGTH
 from common.results import files
 from common.results.tables import Screenful, shortened
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-    from common.loading.models import Model
+    from common.loading.model import Model
 
 SCHEMA = 2  # of results.json; since 1, `lead` became `score_advantage`, `forbid` `knockout`, and `arguments` came
 PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "scikit-learn", "matplotlib")
@@ -64,7 +64,7 @@ def ignore(note: Note) -> None:
 class Provenance(Screenful):
     """What a reader needs to repeat an analysis.
 
-    `fused_attention`: whether scores were read in blocks behind fused attention, or from the bridge's whole patterns;
+    `fused_attention`: whether scores were read in blocks behind fused attention, which is now so for every model;
     `wall_seconds`: of the analysis, without loading and drawing; `arguments`: what the function was called with.
     """
 
@@ -85,8 +85,8 @@ class Provenance(Screenful):
             schema=SCHEMA, seed=seed,
             versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             model={"name": model.name, "source": model.source, "fingerprint": model.fingerprint},
-            fused_attention=model.trunk is not None, device=str(model.device),
-            dtype=str(model.bridge.W_U.dtype).removeprefix("torch."),
+            fused_attention=True, device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
             wall_seconds=round(time.monotonic() - started, 2), arguments=arguments,
         )  # fmt: skip
 
@@ -193,5 +193,5 @@ def resumable(effects: object, metrics: Mapping[bool, int]) -> bool:
     if not jsonschema.Draft202012Validator(json.loads(EFFECTS.read_text(encoding="utf-8"))).is_valid(effects):
         return False
     assert isinstance(effects, list)
-    found = Counter((one["name"], one["head"], one.get("sender")) for one in effects)
-    return all(count == metrics[sender is not None] for (_, _, sender), count in found.items())
+    found = Counter((one["name"], *one["heads"], one.get("sender")) for one in effects)
+    return all(count == metrics[sender is not None] for (*_, sender), count in found.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from common.heads.detection import LEAST_EFFECT, name
-from common.heads.sequences import Floats
-from common.interventions.qk_interventions import KINDS, PATHS, THROUGH, WHOLE
+from common.attention.head import Head
+from common.heads.detection import LEAST_EFFECT
+from common.heads.statistics import Floats
+from common.interventions.experiments import PATHS, REPLACEMENTS, THROUGH, WHOLE
 from common.results.plots import MARK
 from common.results.qk_plots import label_tokens, limit_of, outline, signed, write_values
 
@@ -26,7 +27,7 @@ MARKERS = {"induction": "o", "suppression": "v", "attends-only": "D"}
 MOST_NAMED = 14
 TITLES = {
     "mean": "mean ablation: the head's output is its mean in control rows",
-    "forbid": "forbidden: no attention to the tokens after earlier copies",
+    "knockout": "forbidden: no attention to the tokens after earlier copies",
 }
 PARTS = {
     "uniform": "pattern: uniform",
@@ -34,7 +35,7 @@ PARTS = {
     "query": "query of another row",
     "key": "key of another row",
     "values": "values of another row",
-    "forbid": "induction cells forbidden",
+    "knockout": "induction cells forbidden",
     "mean": "whole head: its mean output",
 }
 FRESH = "#0072B2"
@@ -67,7 +68,7 @@ def scatter(axes: Axes, heads: Sequence[dict[str, Any]], title: str) -> Axes:
     size = np.maximum(score, np.abs(effect))
     named = [place for place in np.argsort(-size, kind="stable")[:MOST_NAMED] if size[place] >= LEAST_EFFECT]
     for place, right in zip(named, named_on_the_right(score[named], effect[named]), strict=True):
-        label = name(heads[place]["layer"], heads[place]["head"])
+        label = str(Head.at(heads[place]["layer"], heads[place]["head"]))
         aside = (6, -3) if right else (-20, -3)
         axes.annotate(label, (score[place], effect[place]), xytext=aside, textcoords="offset points", fontsize=8)
     axes.set(
@@ -102,15 +103,17 @@ def scatter_figure(heads: Sequence[dict[str, Any]], title: str) -> Figure:
 def ablation_bars(axes: Axes, ablation: Ablation, kind: str) -> Axes:
     """The rise of the loss at repeats and at fresh tokens without each head and without all, beside random heads."""
     rows = [one for one in ablation.effects if one["name"] == kind and one["metric"] == "loss_at_repeats"]
-    rows.sort(key=lambda one: (len(one["head"].split()), -one["effect"]))
+    rows.sort(key=lambda one: (len(" ".join(one["heads"]).split()), -one["effect"]))
     for place, one in enumerate(rows):
         _point(axes, place - 0.15, one, "o", MARK)
-        fresh = ablation.of(one["head"], kind, "loss_at_fresh")
+        fresh = ablation.of(one["heads"], kind, "loss_at_fresh")
         if fresh:
             _point(axes, place + 0.15, fresh, "^", FRESH)
         if one["control"]:
             _point(axes, place, one["control"], "s", "0.45")
-    labels = [one["head"] if " " not in one["head"] else f"all {len(one['head'].split())}" for one in rows]
+    labels = [
+        " ".join(one["heads"]) if " " not in " ".join(one["heads"]) else f"all {len(one['heads'])}" for one in rows
+    ]
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.axvline(0, color="0.7", linewidth=0.8)
@@ -124,7 +127,7 @@ def ablation_bars(axes: Axes, ablation: Ablation, kind: str) -> Axes:
 def ablation_figure(ablation: Ablation, title: str) -> Figure:
     """Both interventions, one above the other."""
     kinds = [kind for kind in TITLES if any(one["name"] == kind for one in ablation.effects)]
-    rows = max(len({one["head"] for one in ablation.effects}), 2)
+    rows = max(len({" ".join(one["heads"]) for one in ablation.effects}), 2)
     figure, axes = plt.subplots(
         len(kinds), 1, figsize=(8.0, len(kinds) * (0.34 * rows + 1.1) + 0.9), squeeze=False, layout="constrained"
     )
@@ -142,9 +145,9 @@ def ablation_figure(ablation: Ablation, title: str) -> Figure:
 
 
 def part_bars(axes: Axes, effects: Sequence[dict[str, Any]], metrics: Sequence[str]) -> Axes:
-    """How far each of `KINDS` on one head moves the metrics, beside the first of them on random heads of the layer."""
+    """How far each replacement on one head moves the metrics, beside the first of them on random heads of the layer."""
     found = {(one["name"], one["metric"]): one for one in effects}
-    shown = [kind for kind in KINDS if (kind, metrics[0]) in found]
+    shown = [kind for kind in REPLACEMENTS if (kind, metrics[0]) in found]
     for place, kind in enumerate(shown):
         control = found[kind, metrics[0]]["control"]
         if control:
@@ -263,16 +266,16 @@ def intervention_figures(effects: Sequence[dict[str, Any]], model: str) -> Itera
     """The pictures of interventions on heads, each with the stem of its file's name: per head its parts, and the paths
     into the one receiver."""
     parts = [one for one in effects if "sender" not in one]
-    for head in dict.fromkeys(one["head"] for one in parts):
+    for head in dict.fromkeys(" ".join(one["heads"]) for one in parts):
         title = f"{model}, head {head}: one part replaced, the rest kept"
-        yield f"parts_{head}", parts_figure([one for one in parts if one["head"] == head], title)
+        yield f"parts_{head}", parts_figure([one for one in parts if " ".join(one["heads"]) == head], title)
     paths = [one for one in effects if "sender" in one]
     if paths:
-        head = paths[0]["head"]
+        head = paths[0]["heads"][0]
         yield f"paths_{head}", path_figure(paths, f"{model}: what earlier heads tell head {head}, input by input")
 
 
-def _point(axes: Axes, place: float, one: dict[str, Any], marker: str, colour: str) -> None:
+def _point(axes: Axes, place: float, one: Mapping[str, Any], marker: str, colour: str) -> None:
     low, high = one["interval"]
     axes.plot([low, high], [place, place], color=colour, linewidth=1.2)
     axes.plot(one["effect"], place, marker, color=colour, markersize=6)

@@ -13,8 +13,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from common.heads.detection import LEAST_EFFECT, name
-from common.heads.sequences import Floats
+from common.attention.head import Head
+from common.heads.detection import LEAST_EFFECT
+from common.heads.statistics import Floats
 from common.results.effect_plots import COPYING, MARKERS, MOST_NAMED, TITLES, named_on_the_right
 from common.results.plots import ATTENTION, MARK, MOST_VALUES, OUTLINES
 
@@ -43,7 +44,7 @@ def colours(name: str, stops: int = 9) -> list[list[Any]]:
 def described(head: Row) -> str:
     """Every number of a head, a line each, as Plotly takes it."""
     lines = [label(f"{key} {value}") for key, value in numbers(head)]
-    return "<br>".join([f"<b>head {name(head['layer'], head['head'])}</b>", *lines])
+    return "<br>".join([f"<b>head {Head.at(head['layer'], head['head'])}</b>", *lines])
 
 
 def numbers(head: Row) -> list[tuple[str, str]]:
@@ -73,7 +74,7 @@ def mosaic(heads: Sequence[Row]) -> Figure:
     texts = np.full((layers, width), "", dtype=object)
     for head in heads:
         place = head["layer"], head["head"]
-        lines = (f"head {name(*place)}", head["verdict"], f"prefix matching {number(head['prefix_matching'])}")
+        lines = (f"head {Head.at(*place)}", head["verdict"], f"prefix matching {number(head['prefix_matching'])}")
         values[place], texts[place] = head["prefix_matching"], "<br>".join(label(line) for line in lines)
     trace = {
         "type": "heatmap", "z": values.tolist(), "hovertext": texts.tolist(), "hoverinfo": "text", "zmin": 0, "zmax": 1,
@@ -114,10 +115,10 @@ def effects(heads: Sequence[Row]) -> Figure:
              if max(head["prefix_matching"], abs(head["total_effect"])) >= LEAST_EFFECT]  # fmt: skip
     places = (np.array([head[key] for head in large], dtype=float) for key in ("prefix_matching", "total_effect"))
     sides = {
-        name(head["layer"], head["head"]): "middle right" if right else "middle left"
+        str(Head.at(head["layer"], head["head"])): "middle right" if right else "middle left"
         for head, right in zip(large, named_on_the_right(*places), strict=True)
     }
-    names = [name(head["layer"], head["head"]) for head in shown]
+    names = [str(Head.at(head["layer"], head["head"])) for head in shown]
     shapes = [SYMBOLS[MARKERS.get(head["verdict"], "s")] for head in shown]
     rise = [compressed(head["total_effect"]) for head in shown]
     trace = {
@@ -156,12 +157,12 @@ def ablation(measured: Mapping[str, Any], kind: str) -> Figure | None:
     """The rise of the loss without each head and without all, beside random heads; None where it was not measured."""
     rows = [one for one in measured["effects"] if one["name"] == kind]
     at_repeats = [one for one in rows if one["metric"] == "loss_at_repeats"]
-    at_repeats.sort(key=lambda one: (len(one["head"].split()), -(one["effect"] or 0.0)))
+    at_repeats.sort(key=lambda one: (len(" ".join(one["heads"]).split()), -(one["effect"] or 0.0)))
     if not at_repeats:
         return None
-    heads = [one["head"] for one in at_repeats]
+    heads = [" ".join(one["heads"]) for one in at_repeats]
     titles = [one if " " not in one else f"all {len(one.split())}" for one in heads]
-    fresh = {one["head"]: one for one in rows if one["metric"] == "loss_at_fresh"}
+    fresh = {" ".join(one["heads"]): one for one in rows if one["metric"] == "loss_at_fresh"}
     data = [
         _points("loss at repeats", "circle", MARK, heads, at_repeats, 0.0),
         _points("loss at fresh tokens", "triangle-up", FRESH, heads, [fresh.get(head) for head in heads], 0.2),

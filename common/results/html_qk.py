@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from common.circuits.qk import Decomposition, Interaction
-from common.heads.detection import name
+from common.attention.head import Head
+from common.circuits.decomposition import Decomposition
+from common.circuits.maps import Interaction
 from common.results import html_figures
 from common.results.html_report import TextMaps, drawn_places
 from common.results.qk_plots import grouped
@@ -34,9 +35,9 @@ def of_text(
         if isinstance(found, str):
             said = found
             continue
-        said = _sentence(name(met.layer, head), found)
+        said = _sentence(str(Head.at(met.layer, head)), found)
         names, terms = grouped(found.sources, found.terms, MOST_SOURCES)
-        title = f"What the scores of head {name(met.layer, head)} are made of"
+        title = f"What the scores of head {Head.at(met.layer, head)} are made of"
         figures[title] = html_figures.decomposition(names, terms, title)
     return TextMaps(text, tokens, said, cells, places, {"scores": scores, "pattern": pattern}, figures)
 
@@ -46,5 +47,6 @@ def _sentence(head: str, found: Decomposition) -> str:
     query, key, value = found.top(1)[0]
     return (
         f"Head {head} on its {found.kind} ({len(found.cells)}): ahead of the other tokens in sight by "
-        f"{found.lead:.2f} on average; the largest part, {value:.2f}, is {query} as a query meeting {key} as a key."
+        f"{found.score_advantage:.2f} on average; the largest part, {value:.2f}, is {query} as a query "
+        f"meeting {key} as a key."
     )

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from common.heads.detection import name
-from common.heads.sequences import Floats
+from common.attention.head import Head
+from common.heads.statistics import Floats
 from common.results import html_figures, plots
 from common.results.files import plain
 
@@ -79,7 +79,7 @@ def induction_page(results: Mapping[str, Any], said: Sequence[str], texts: Itera
     heads = results["heads"]
     measured = results["ablation"] or {"effects": []}
     figures = {"mosaic": html_figures.mosaic(heads), "effects": html_figures.effects(heads)}
-    figures |= {f"ablation-{kind}": one for kind in ("mean", "forbid")
+    figures |= {f"ablation-{kind}": one for kind in ("mean", "knockout")
                 if (one := html_figures.ablation(measured, kind))}  # fmt: skip
     shown, left_out = affordable(texts, len(results["sequences"]))
     body = [
@@ -111,7 +111,13 @@ def qk_page(results: Mapping[str, Any], chosen: int, said: Sequence[str], texts:
     shown, left_out = affordable(texts, len(results["sequences"]))
     body = [*(_paragraph(sentence) for sentence in said), _chooser(results["heads"]), _text_sections(shown, left_out)]
     return _page(
-        results, f"Layer {results['layer']} of", body, {}, results["heads"], name(results["layer"], chosen), shown
+        results,
+        f"Layer {results['layer']} of",
+        body,
+        {},
+        results["heads"],
+        str(Head.at(results["layer"], chosen)),
+        shown,
     )
 
 
@@ -201,7 +207,7 @@ def _provenance(results: Mapping[str, Any]) -> str:
 
 
 def _name(head: Mapping[str, Any]) -> str:
-    return name(head["layer"], head["head"])
+    return str(Head.at(head["layer"], head["head"]))
 
 
 def _line(head: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import UserError
+from common.attention.batches import Progress, silent
 from common.attention.head import Head
 from common.heads import labels as ground_truth
 from common.heads import metrics as agreement
@@ -25,11 +26,11 @@ from common.heads.detection import by_score
 from common.heads.labels import Labels
 from common.heads.metrics import Metrics
 from common.heads.scores import every_pattern, patterns
-from common.heads.sequences import HEAD_TYPES, Floats, Ints
-from common.heads.statistics import interval_over_rows
-from common.heads.survey import Progress, Survey, copying, silent, survey
+from common.heads.statistics import Floats, Ints, interval_over_rows
+from common.heads.survey import Survey, copying, survey
 from common.heads.texts import FEW, TextScores, score_text
-from common.interventions import ablation, causal
+from common.heads.tokens import HEAD_TYPES
+from common.interventions import ablation, causal_labels, effects
 from common.interventions.ablation import Ablation
 from common.results import files, tables
 from common.results.analysis import Analysis, Note, Notes, Provenance, encode, ignore, resumable, rows_at_once
@@ -38,9 +39,10 @@ from common.results.tables import HeadOnText, HeadRow, Screenful, pairs
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from common.loading.models import Model
+    from common.loading.model import Model
 
 HEADS_DRAWN = 4  # heads drawn per text
+ABLATION_METRICS = 6  # of each ablation: those of effects.RowMetrics
 
 
 @dataclass(frozen=True, repr=False)
@@ -140,7 +142,7 @@ class InductionHeads(Analysis):
             "heads": [asdict(head) for head in self.heads],
             "induction_heads": [str(head) for head in self.induction_heads],
             "no_direct_path": self.survey.evidence.no_direct_path,
-            "ablation": self.ablation.plain() if self.ablation else None,
+            "ablation": self.ablation.as_json() if self.ablation else None,
             "metrics": asdict(self.metrics) if self.metrics else None,
             "sequences": [text.as_json() for text in self.texts],
         }
@@ -175,7 +177,7 @@ def find_induction_heads(
     batch_size = rows_at_once(model, encoded, batch_size)
     options = {"seed": seed, "batch_size": batch_size}
     # Labels come before the long work, so that a wrong file is said at once.
-    truth = ground_truth.choose(labels, model, lambda: causal.measure(model, **options, progress=progress).labels())
+    truth = ground_truth.choose_labels(labels, model, lambda: _causal(model, options, progress))
     measured = survey(model, **options, threshold=threshold, progress=progress)
     found = measured.found
     quality = agreement.evaluate(found.induction, found.score, found.resampled, truth) if truth else None
@@ -196,6 +198,10 @@ def find_induction_heads(
     )  # fmt: skip
 
 
+def _causal(model: Model, options: Mapping[str, int], progress: Progress) -> Labels:
+    return causal_labels.measure_causal_effects(model, **options, progress=progress).labels()
+
+
 def _ablate(
     model: Model, measured: Survey, wanted: bool | None, options: Mapping[str, int], earlier: Mapping[str, object],
     progress: Progress, notes: Notes,
@@ -204,17 +210,17 @@ def _ablate(
     if wanted is False or not measured.found.induction.any():
         return None
     try:
-        laboratory = ablation.Laboratory(model, measured.found, **options)
+        plan = ablation.AblationPlan(model, measured.found, **options)
     except UserError as error:
         notes.warn(f"no ablation: {error}")
         return None
-    if wanted is None and (seconds := laboratory.seconds()) > ablation.PATIENCE:
+    if wanted is None and (seconds := plan.seconds()) > effects.UNASKED:
         notes.say(f"ablation left out: it would take about {seconds / 60:.0f} minutes; --ablate does it")
         return None
     before = earlier.get("ablation")
-    if not (isinstance(before, dict) and resumable(before.get("effects"), {False: len(laboratory.clean)})):
+    if not (isinstance(before, dict) and resumable(before.get("effects"), {False: ABLATION_METRICS})):
         before = None
-    ablated = ablation.ablate(laboratory, before, progress)
+    ablated = ablation.ablate(plan, before, progress)
     for kind, why in ablated.impossible.items():
         notes.warn(f"no ablation by '{kind}': {why}")
     return ablated
@@ -235,7 +241,7 @@ def _heads(measured: Survey, direct: Floats, ablated: Ablation | None) -> tuple[
         columns |= {kind: effect.mean(0), f"{kind}_interval": pairs(*interval_over_rows(effect))}
     rows = []
     for row in tables.rows(HeadRow, columns):
-        one = ablated and ablated.of(row.name, "mean", "loss_at_repeats")
+        one = ablated and ablated.of([row.name], "mean", "loss_at_repeats")
         # The interval comes as a tuple from a measurement, as a list from an earlier results.json.
         low, high = one["interval"] if one else (None, None)
         lost = one["effect"] if one else None

@@ -29,10 +29,11 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter
 from sklearn.metrics import precision_recall_curve
 
-from common.heads.detection import Detection, by_score, name
+from common.attention.head import Head
+from common.heads.detection import Detection, by_score
 from common.heads.labels import Labels
 from common.heads.metrics import agreement
-from common.heads.sequences import Floats
+from common.heads.statistics import Floats
 from common.loading.escapes import escape
 
 MARK = "#D55E00"
@@ -106,7 +107,7 @@ def mosaic(axes: Axes, found: Detection, title: str) -> Axes:
             axes.add_patch(
                 Rectangle((head, layer), 1, 1, fill=False, edgecolor=colour, linestyle=line, linewidth=2.5, zorder=3)
             )
-            label = axes.text(head + 0.06, layer + 0.22, name(layer, head), color=colour, fontsize=8, zorder=4)
+            label = axes.text(head + 0.06, layer + 0.22, str(Head.at(layer, head)), color=colour, fontsize=8, zorder=4)
             label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
             label.set_fontweight("bold")
     axes.set(xlabel="head", ylabel="layer", title=title)
@@ -138,7 +139,7 @@ def thresholds(axes: Axes, found: Detection, title: str) -> Axes:
         axes.plot(found.control[head], place, "o", markerfacecolor="white", markeredgecolor="0.45", markersize=5)
         axes.plot(found.score[head], place, "o" if passed else "s", color=MARK if passed else "0.35", markersize=6)
         axes.plot(found.threshold[head], place, "|", color="black", markersize=11, markeredgewidth=2)
-    axes.set_yticks(range(len(heads)), [name(*head) for head in heads])
+    axes.set_yticks(range(len(heads)), [str(Head.at(*head)) for head in heads])
     axes.invert_yaxis()
     left_out = found.score.size - len(heads)
     axes.set(
@@ -180,7 +181,8 @@ def budget(axes: Axes, found: Detection, paid: Mapping[str, Floats], title: str)
         axes.barh(range(len(heads)), width, left=left, color=colour, edgecolor="white", linewidth=0.4, label=shown)
         left += width
     verdicts = [
-        name(*head) if found.verdict[head] == "none" else f"{found.verdict[head]}  {name(*head)}" for head in heads
+        str(Head.at(*head)) if found.verdict[head] == "none" else f"{found.verdict[head]}  {Head.at(*head)}"
+        for head in heads
     ]
     axes.set_yticks(range(len(heads)), verdicts)
     axes.invert_yaxis()

@@ -16,30 +16,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from common import UserError
+from common.attention.batches import Progress, silent
 from common.attention.head import Head
-from common.circuits import circuits, qk
-from common.circuits.circuits import Composition, HeadCircuits
-from common.circuits.qk import Check, Decomposition, Interaction
+from common.circuits import maps
+from common.circuits.composition import Composition, Pair, compose
+from common.circuits.decomposition import Decomposition, decompose
+from common.circuits.maps import Check, Interaction
+from common.circuits.weights import HeadCircuits, head_circuits
 from common.heads.detection import Detection, by_score
-from common.heads.sequences import Floats, Ints, TokenBatch
-from common.heads.survey import Progress, silent, survey
-from common.interventions import qk_interventions
-from common.interventions.qk_interventions import Experiments
+from common.heads.statistics import Floats, Ints
+from common.heads.survey import survey
+from common.heads.tokens import TokenBatch
+from common.interventions import effects, experiments
+from common.interventions.effects import PathEffect
+from common.interventions.experiments import Experiments
 from common.results import files, tables
 from common.results.analysis import Analysis, Note, Notes, Provenance, encode, ignore, resumable, rows_at_once
-from common.results.tables import TERMS, EffectRow, Screenful, shortened
+from common.results.tables import TERMS, Screenful, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from common.loading.models import Model
+    from common.loading.model import Model
 
 GRID = 16  # heads drawn side by side; of a layer with more, those with the highest prefix matching
 
 DISTANCES = (1, 4, 16)  # between query and key, where the weights' score depends on it
 KEPT = 64_000_000  # bytes of maps kept for figures and export; texts beyond are run again when they are drawn
 
-Pair = tuple[tuple[int, int], int]  # a head (layer, head) that writes, and the head of the layer that reads it
 PART_METRICS = 4  # of each part that is replaced: prefix matching and three losses
 
 
@@ -103,7 +107,6 @@ class LayerOnText(Screenful):
                 record: dict[str, object] = {"refused": one, "terms": []}
             else:
                 record = one.record(TERMS)
-                record["score_advantage"] = record.pop("lead")
             where = {"text": self.number, "head": str(Head.at(layer, head))}
             found.append({**where, **record, "removal": self.removal.get(head)})
         return found
@@ -135,9 +138,9 @@ class QKAnalysis(Analysis):
         return str(Head.at(self.chosen.layer, self.chosen.leading))
 
     @property
-    def effects(self) -> list[EffectRow]:
+    def effects(self) -> list[PathEffect]:
         """The effects of all interventions."""
-        return cast("list[EffectRow]", self.experiments.effects) if self.experiments else []
+        return self.experiments.effects if self.experiments else []
 
     @property
     def richest(self) -> LayerOnText | None:
@@ -153,8 +156,10 @@ class QKAnalysis(Analysis):
         """The self-check, and the composed pair where there is one."""
         said = [tables.check_sentence(self.max_abs_error)] if self.texts else []
         if self.composition and self.pair:
-            found = self.composition.record(self.pair)["previous_token_to_induction"]
-            said.append(tables.composition_sentence(**found, limit=self.composition.limit))
+            found, at = self.composition, (self.composition.senders.index(self.pair[0]), self.pair[1].head)
+            score, baseline, z = (float(of["K"][at]) for of in (found.scores, found.baseline, found.z))
+            writes, reads = map(str, self.pair)
+            said.append(tables.composition_sentence(writes, reads, score, baseline, z, found.limit))
         return said
 
     def decomposed(self) -> Iterator[tuple[str, Decomposition, str | None]]:
@@ -163,7 +168,7 @@ class QKAnalysis(Analysis):
             for head, one in text.split.items():
                 if isinstance(one, Decomposition):
                     name = str(Head.at(self.chosen.layer, head))
-                    said = tables.advantage_sentence(name, text.number, len(one.cells), one.kind, one.lead)
+                    said = tables.advantage_sentence(name, text.number, len(one.cells), one.kind, one.score_advantage)
                     yield said, one, tables.removal_sentence(text.removal.get(head))
 
     def summary(self) -> Iterable[str]:
@@ -181,7 +186,7 @@ class QKAnalysis(Analysis):
 
     @property
     def figures(self) -> list[str]:
-        parts = dict.fromkeys(one["head"] for one in self.effects if "sender" not in one)
+        parts = dict.fromkeys(one["heads"][0] for one in self.effects if "sender" not in one)
         paths = any("sender" in one for one in self.effects)
         return [
             *(name for text in self.texts for name in self.figures_of(text)),
@@ -207,7 +212,7 @@ class QKAnalysis(Analysis):
 
     def interaction(self, text: LayerOnText) -> Interaction:
         """Queries, keys, scores and patterns of every head of the layer on one text."""
-        return text.kept or qk.interact(self.model, text.ids[None], self.chosen.layer)
+        return text.kept or maps.interact(self.model, text.ids[None], self.chosen.layer)
 
     def terms(self) -> list[dict[str, object]]:
         """The rows of terms.csv: the largest terms of each decomposition."""
@@ -250,7 +255,7 @@ class QKAnalysis(Analysis):
             if terms := self.terms():
                 files.write_csv(staging / "terms.csv", terms)
             for text in self.texts if export else ():
-                qk.export(self.interaction(text), text.ids, staging / f"qk_{text.number:02d}.safetensors")
+                maps.export(self.interaction(text), text.ids, staging / f"qk_{text.number:02d}.safetensors")
 
         return self.write(folder, write_more, pictures, argv)
 
@@ -274,7 +279,7 @@ def analyse_qk(
     returned and `missing` names the rest.
     """
     started, notes = time.monotonic(), Notes(hear)
-    qk.check_exists(model, layer if isinstance(layer, int) else None, head if isinstance(head, int) else None)
+    maps.check_exists(model, layer if isinstance(layer, int) else None, head if isinstance(head, int) else None)
     encoded = encode(model, sequences, notes)
     batch_size = rows_at_once(model, encoded, batch_size)
     options = {"seed": seed, "batch_size": batch_size}
@@ -287,17 +292,17 @@ def analyse_qk(
     for number, (text, ids) in enumerate(encoded, start=1):
         room = KEPT - sum(_size(one.kept) for one in texts)
         texts.append(_look(model, chosen, number, text, ids, interventions is not False, room, notes))
-    composition, pair, head_circuits = _weigh(model, chosen, previous_token, seed, texts, notes)
-    experiments = None
+    composition, pair, circuits = _weigh(model, chosen, previous_token, seed, texts, notes)
+    done = None
     if interventions is not False:
-        experiments = _intervene(model, chosen, found, interventions, options, earlier or {}, progress, notes)
+        done = _intervene(model, chosen, found, interventions, options, earlier or {}, progress, notes)
     arguments: dict[str, object] = {"layer": layer, "head": head, "threshold": threshold}
     arguments |= {"interventions": interventions, **options}
     return QKAnalysis(
         model=model, provenance=Provenance.of(model, seed, started, arguments), notes=tuple(notes),
-        missing=tuple(experiments.missing) if experiments else (), chosen=chosen,
+        missing=tuple(done.missing) if done else (), chosen=chosen,
         heads=tuple(row for row in tables.rows(LayerHead, columns) if row.layer == chosen.layer), texts=tuple(texts),
-        composition=composition, pair=pair, circuits=head_circuits, experiments=experiments, found=found,
+        composition=composition, pair=pair, circuits=circuits, experiments=done, found=found,
     )  # fmt: skip
 
 
@@ -324,14 +329,14 @@ def _look(
     take out the strongest key source; `room`: bytes of maps that may be kept."""
     induction = TokenBatch.of([ids], pad=model.bos).cells["prefix_matching"]
     cells = sorted(zip(induction.query.tolist(), induction.key.tolist(), strict=True))
-    met = qk.interact(model, ids[None], chosen.layer)
+    met = maps.interact(model, ids[None], chosen.layer)
     split: dict[int, Decomposition | str]
     try:
-        split = {**qk.decompose(model, ids, met, chosen.heads, cells)}
+        split = {**decompose(model, ids, met, chosen.heads, cells)}
     except UserError as error:
         notes.warn(str(error))
         split = {head: str(error) for head in chosen.heads}
-    removed = qk_interventions.removals(model, ids, met, split) if remove else {}
+    removed = experiments.removals(model, ids, met, split) if remove else {}
     kept = met if _size(met) <= room else None
     return LayerOnText(number, text, tuple(model.strings(ids)), ids, cells, met.check, split, removed, kept)
 
@@ -352,11 +357,11 @@ def _weigh(
     if not (text := _richest(texts)):
         return None, None, None
     try:
-        composition = circuits.compose(model, chosen.layer, seed=seed)
-        heads = chosen.induction or chosen.heads
+        composition = compose(model, chosen.layer, seed=seed)
+        heads = [Head.at(chosen.layer, head) for head in chosen.induction or chosen.heads]
         pair = composition.from_previous_token(previous_token, heads) if composition else None
-        head = chosen.layer, chosen.leading
-        found = circuits.head_circuits(model, head, pair and pair[0], text.ids, distances=DISTANCES)
+        head = Head.at(chosen.layer, chosen.leading)
+        found = head_circuits(model, head, pair and pair[0], text.ids, distances=DISTANCES)
     except UserError as error:
         notes.warn(str(error))
         return None, None, None
@@ -368,13 +373,17 @@ def _intervene(
     earlier: Mapping[str, object], progress: Progress, notes: Notes,
 ) -> Experiments | None:  # fmt: skip
     """What the chosen heads' parts do, and the paths into the leading one; None where that would take long."""
-    laboratory = qk_interventions.Laboratory(model, chosen, found, **options)
-    if wanted is None and (seconds := laboratory.seconds()) > qk_interventions.PATIENCE:
+    heads = [Head.at(chosen.layer, head) for head in chosen.heads]
+    receiver = Head.at(chosen.layer, chosen.leading)
+    plan = experiments.ExperimentPlan(model, heads, receiver, found, **options)
+    if wanted is None and (seconds := plan.seconds()) > effects.UNASKED:
         notes.say(f"interventions left out: they would take {seconds / 60:.0f} minutes; --interventions does them")
         return None
-    metrics = {False: PART_METRICS, True: len(qk_interventions.PATH_METRICS)}
-    sound = isinstance(earlier.get("experiments"), dict) and resumable(earlier.get("interventions"), metrics)
-    done = qk_interventions.experiment(laboratory, dict(earlier) if sound else None, progress)
+    metrics = {False: PART_METRICS, True: len(experiments.PATH_METRICS)}
+    before = earlier.get("experiments")
+    if isinstance(before, dict) and resumable(earlier.get("interventions"), metrics):
+        before = {**before, "effects": earlier.get("interventions")}
+    done = experiments.run_experiments(plan, before, progress)
     for reason in sorted(set(done.refused.values())):
         notes.warn(reason)
     return done

@@ -18,10 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from common.circuits.circuits import WAYS, Composition, Direction, HeadCircuits, Pair
-from common.circuits.qk import Decomposition, Interaction
-from common.heads.detection import name
-from common.heads.sequences import Floats
+from common.attention.head import Head
+from common.circuits.composition import WAYS, Composition, Pair
+from common.circuits.decomposition import Decomposition
+from common.circuits.maps import Interaction
+from common.circuits.weights import Direction, HeadCircuits
+from common.heads.statistics import Floats
 from common.results import plots
 from common.results.plots import LONGEST, MARK
 
@@ -164,8 +166,8 @@ def _caption(found: Decomposition, tokens: Sequence[str]) -> str:
     query, key = found.cells[0]
     return (
         f"Mean over {len(found.cells)} {found.kind}, the first {tokens[query]} looking at {tokens[key]} "
-        f"(tokens {query} and {key}).\nThe lead, {found.lead:.2f}, is the score less the mean score of the other "
-        f"tokens in sight; its parts sum to it (error {found.error:.0e}).\n"
+        f"(tokens {query} and {key}).\nThe lead, {found.score_advantage:.2f}, is the score less the mean score of the "
+        f"other tokens in sight; its parts sum to it (error {found.error:.0e}).\n"
         "embed: the token, with what MLP 0 makes of it in any context; heads of layer 0: with what MLP 0 makes of\n"
         "them; mlp0: the rest of MLP 0. Framed: the largest."
     )
@@ -194,7 +196,7 @@ def composition_figure(found: Composition, pair: Pair, title: str) -> Figure:
     limit = max(limit_of(found.z[way][rows]) for way in WAYS)
     for place, way in zip(axes, WAYS, strict=True):
         _composition(place, found, way, rows, limit)
-    outline(axes[WAYS.index("K")], [(int(np.searchsorted(rows, found.senders.index(pair[0]))), pair[1])])
+    outline(axes[WAYS.index("K")], [(int(np.searchsorted(rows, found.senders.index(pair[0]))), pair[1].head)])
     left_out = len(found.senders) - len(rows)
     figure.suptitle(title + (f" ({len(rows)} of {len(found.senders)} earlier heads)" if left_out else ""), fontsize=11)
     figure.supxlabel(
@@ -216,8 +218,8 @@ def _composition(axes: Axes, found: Composition, way: str, rows: np.ndarray, lim
         )
     label_tokens(
         axes,
-        [name(*found.senders[row]) for row in rows],
-        [name(found.layer, head) for head in range(z.shape[1])],
+        [str(found.senders[row]) for row in rows],
+        [str(Head.at(found.layer, head)) for head in range(z.shape[1])],
     )
     axes.set(xlabel="reads", ylabel="writes")
     axes.set_title({"Q": "Q: into the query", "K": "K: into the key", "V": "V: into the value"}[way], fontsize=10)
@@ -259,7 +261,7 @@ def _circuit_panels(
         (f"token × token{apart[distance]}", values, labels, "token") for distance, values in found.by_distance.items()
     ]
     if found.composed is not None and found.sender is not None:
-        title = f"token × what {name(*found.sender)} writes of a token{next(iter(apart.values()))}"
+        title = f"token × what {found.sender} writes of a token{next(iter(apart.values()))}"
         panels.append((title, found.composed, labels, "token"))
     if found.position is not None:
         shown = min(positions, MOST_POSITIONS)
@@ -289,7 +291,7 @@ def text_figures(
     """
     masked = np.where(met.rules.visible[0], met.scores[0], np.nan)
     pattern, every = met.pattern[0], len(met.pattern[0])
-    names = {head: f"head {name(met.layer, head)}" for head in range(every)}
+    names = {head: f"head {Head.at(met.layer, head)}" for head in range(every)}
     some = "" if len(heads) == every else f", {len(heads)} of its {every} heads"
     mean = f"mean over the {every} heads"
     panels = [*((names[head], masked[head]) for head in heads), (mean, masked.mean(0))]
@@ -297,11 +299,11 @@ def text_figures(
     panels = [*((names[head], pattern[head]) for head in heads), (mean, pattern.mean(0))]
     yield "patterns", plots.attention_grid(panels, tokens, cells, f"Patterns of layer {met.layer}{some}: {title}")
     for head, found in split.items():
-        stem, shown = f"head_{name(met.layer, head)}", names[head].capitalize()
+        stem, shown = f"head_{Head.at(met.layer, head)}", names[head].capitalize()
         yield stem, head_figure(masked[head], pattern[head], tokens, cells, f"{shown}: {title}")
         if not isinstance(found, str):
             title_ = f"What the scores of {names[head]} are made of: {title}"
-            yield f"decomposition_{name(met.layer, head)}", decomposition_figure(found, title_, tokens)
+            yield f"decomposition_{Head.at(met.layer, head)}", decomposition_figure(found, title_, tokens)
 
 
 def weight_figures(
@@ -312,7 +314,7 @@ def weight_figures(
 
     `tokens` are those of `circuits`, `positions` how many the text has; `title` names model and text.
     """
-    head = name(*circuits.head)
+    head = str(circuits.head)
     yield f"circuits_{head}", circuit_figure(circuits, tokens, positions, f"Weights of head {head}: {title}")
     if composition and pair:
         read = f"What the heads of layer {composition.layer} read of what earlier heads write: {title.split(',')[0]}"

@@ -6,18 +6,20 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import NotRequired, TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.attention.head import Head
-from common.heads.sequences import BUDGET
 from common.heads.statistics import Floats
-from common.heads.survey import Survey
 from common.heads.texts import FEW
-from common.interventions.ablation import Ablation
-from common.interventions.qk_interventions import KINDS, THROUGH, WHOLE
+from common.heads.tokens import BUDGET
+
+if TYPE_CHECKING:
+    from common.heads.survey import Survey
+    from common.interventions.ablation import Ablation
+    from common.interventions.effects import PathEffect
 
 ON_TARGETS = ("induction", "suppression", "attends-only")
 MOST_PRINTED = 20  # heads in the table at the terminal; all are in the files
@@ -34,7 +36,7 @@ PARTS_REPLACED = {
     "query": "query",
     "key": "key",
     "values": "values",
-    "forbid": "induction cells knocked out",
+    "knockout": "induction cells knocked out",
     "mean": "whole head, its mean",
 }
 
@@ -46,29 +48,6 @@ REMOVAL = (
 
 Interval = tuple[float | None, float | None]
 Made = TypeVar("Made")
-
-
-class ControlRow(TypedDict):
-    """The same intervention on random heads: mean effect, its 95 % interval, and the sets of heads drawn."""
-
-    effect: float
-    interval: Sequence[float]
-    heads: Sequence[str]
-
-
-class EffectRow(TypedDict):
-    """One intervention's effect on one metric, as results.json holds it. `sender`: the earlier head of a path."""
-
-    name: str
-    head: str
-    metric: str
-    clean: float
-    effect: float
-    interval: Sequence[float]
-    rows: int
-    control: ControlRow | None
-    note: str | None
-    sender: NotRequired[str]
 
 
 class Screenful:
@@ -229,7 +208,7 @@ def ablation_clause(ablation: Ablation) -> str:
     control = one["control"]
     beside = f"random heads of the same layers: {control['effect']:+.2f}" if control else one["note"]
     return (
-        f"; without {'them' if ' ' in ablation.together else 'it'} (mean ablation) the model loses "
+        f"; without {'them' if len(ablation.together) > 1 else 'it'} (mean ablation) the model loses "
         f"{one['effect']:.2f} of the {gained:.2f} nats that it gains from repeats "
         f"(95 %: {low:.2f} to {high:.2f}; {beside})"
     )
@@ -300,12 +279,12 @@ def removal_sentence(removal: Mapping[str, object] | None) -> str | None:
     return REMOVAL.format(**removal) if removal and "predicted" in removal else None
 
 
-def part_lines(effects: Sequence[EffectRow], head: str) -> list[list[str]]:
+def part_lines(effects: Sequence[PathEffect], head: str) -> list[list[str]]:
     """One line per kind of intervention on the head: the change of prefix matching and of the loss at repeats, each
     with its interval, that of the latter on random heads, and the change of the loss at fresh tokens."""
-    of = {(one["name"], one["metric"]): one for one in effects if one["head"] == head}
+    of = {(one["name"], one["metric"]): one for one in effects if one["heads"] == [head]}
     lines = []
-    for kind in (kind for kind in KINDS if (kind, "prefix_matching") in of):
+    for kind in (kind for kind in PARTS_REPLACED if (kind, "prefix_matching") in of):
         own, repeats, fresh = (of[kind, metric] for metric in ("prefix_matching", "loss_at_repeats", "loss_at_fresh"))
         beside = _change(repeats["control"]["effect"]) if repeats["control"] else "none left"
         changes = _with_interval(own), _with_interval(repeats), beside, _change(fresh["effect"])
@@ -313,9 +292,9 @@ def part_lines(effects: Sequence[EffectRow], head: str) -> list[list[str]]:
     return lines
 
 
-def part_sentence(effects: Sequence[EffectRow], head: str) -> str:
+def part_sentence(effects: Sequence[PathEffect], head: str) -> str:
     """What the lines are about, and the level of each metric before."""
-    clean = {one["metric"]: one for one in effects if one["head"] == head}
+    clean = {one["metric"]: one for one in effects if one["heads"] == [head]}
     pattern, repeats, fresh = (clean[metric] for metric in ("prefix_matching", "loss_at_repeats", "loss_at_fresh"))
     return (
         f"Head {head}, one part replaced (before: prefix matching {pattern['clean']:.2f}, loss {repeats['clean']:.2f} "
@@ -324,22 +303,22 @@ def part_sentence(effects: Sequence[EffectRow], head: str) -> str:
     )
 
 
-def path_sentence(effects: Sequence[EffectRow]) -> str | None:
+def path_sentence(effects: Sequence[PathEffect]) -> str | None:
     """How much of what the most needed earlier head does to the receiver's prefix matching goes by which path; None
     where no path was measured or no earlier head matters."""
     paths = [one for one in effects if one.get("sender") and one["metric"] == "prefix_matching"]
-    whole = [one for one in paths if one["name"] == WHOLE and one["effect"] < 0]
+    whole = [one for one in paths if one["name"] == "whole sender" and one["effect"] < 0]
     if not whole:
         return None
     most = min(whole, key=lambda one: one["effect"])
-    shares = {one["name"]: one["effect"] / most["effect"] for one in paths if one["sender"] == most["sender"]}
+    shares = {one["name"]: one["effect"] / most["effect"] for one in paths if one.get("sender") == most.get("sender")}
     said = [
-        f"its path into the {part} carries {_share(shares, f'path to {part}{THROUGH}')} of that "
+        f"its path into the {part} carries {_share(shares, f'path to {part} through MLPs')} of that "
         f"({_share(shares, f'path to {part}')} where the MLPs in between stay as they are)"
         for part in ("key", "query")
     ]
     return (
-        f"Without {most['sender']} the prefix matching of {most['head']} changes by {most['effect']:+.2f}; "
+        f"Without {most.get('sender')} the prefix matching of {most['heads'][0]} changes by {most['effect']:+.2f}; "
         f"{'; '.join(said)}; values cannot change where a head attends."
     )
 
@@ -348,7 +327,7 @@ def _share(shares: Mapping[str, float], which: str) -> str:
     return f"{round(100 * shares[which])} %" if which in shares else "an unknown share"
 
 
-def _with_interval(one: EffectRow) -> str:
+def _with_interval(one: PathEffect) -> str:
     low, high = one["interval"]
     return f"{_change(one['effect'])} [{_change(low)}, {_change(high)}]"
 

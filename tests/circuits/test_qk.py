@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from common import UserError
 from common.circuits import qk
-from common.heads.sequences import TokenBatch
+from common.heads.tokens import TokenBatch
 from common.loading import models
 from tests import architectures
 from tests.architectures import HEADS, LAYERS, WINDOW
@@ -420,13 +420,13 @@ def test_a_hand_set_induction_head_reads_embed_times_previous_token_head(seed, t
 def test_the_induction_heads_of_mini_read_the_previous_token_head(mini):
     """With the heads that its own labels and patterns name, whatever their numbers."""
     from common.heads import labels, scores
-    from common.heads.sequences import battery
+    from common.heads.tokens import battery
 
     drawn = battery(mini.ordinary(), mini.bos, rows=8, length=64, seed=0)
     repeats = scores.score(mini, drawn.repeats, batch_size=8)
     previous = np.unravel_index(int(np.argmax(repeats.mean("previous_token"))), (mini.n_layers, mini.n_heads))
-    known = labels.read(mini.labels_file, mini.n_layers, mini.n_heads)
-    layer, head = max(known.heads, key=lambda at: repeats.mean("prefix_matching")[at])
+    known = labels.read_labels(mini.labels_file, mini.n_layers, mini.n_heads)
+    layer, head = max((head.place for head in known.heads), key=lambda at: repeats.mean("prefix_matching")[at])
     tokens = mini.encode("the quick brown fox jumps the quick brown fox jumps")
     induction = TokenBatch.of([tokens], pad=mini.bos).cells["prefix_matching"]
     cells = list(zip(induction.query.tolist(), induction.key.tolist(), strict=True))

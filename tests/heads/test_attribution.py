@@ -8,7 +8,7 @@ import torch
 
 from common.heads import attribution
 from common.heads.direct import direct_logit_effect
-from common.heads.sequences import TokenBatch, battery, continuing
+from common.heads.tokens import TokenBatch, battery, continuing
 from common.interventions.bench import Bench, Reads
 from common.interventions.edits import Recordings
 from common.interventions.interventions import forbid

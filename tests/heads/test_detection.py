@@ -15,7 +15,6 @@ from common.heads.detection import (
     by_score,
     detect,
     deviations,
-    name,
 )
 from common.heads.statistics import RowSums
 
@@ -80,7 +79,7 @@ def test_chance_passes_no_more_often_than_the_stated_rate(monkeypatch):
     whole = np.ones((1, rows))
     passed = 0
     for repeat, control in zip(on, off, strict=True):
-        score, limit, _ = detection._attention(
+        score, limit, _ = detection._against_null(
             RowSums(repeat, repeat**2, counts),
             RowSums(control, control**2, counts),
             whole,
@@ -132,4 +131,3 @@ def test_resamples_agree_with_the_confidence():
 
 def test_ranking_is_by_score_with_undefined_scores_last():
     assert by_score(np.array([[0.2, np.nan], [0.9, 0.5]])) == [(1, 0), (1, 1), (0, 0), (0, 1)]
-    assert name(5, 1) == "5.1"

@@ -8,7 +8,7 @@ import torch
 
 from common import UserError
 from common.heads import direct
-from common.heads.sequences import TokenBatch, continuing
+from common.heads.tokens import TokenBatch, continuing
 from common.interventions import effects, interventions
 from common.interventions.bench import Reads
 from tests.oracle import ARCHITECTURES, assert_no_hooks, bridge_logits

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from common.heads import scores
-from common.heads.sequences import Battery, Ints, TokenBatch, battery, continuing
+from common.heads.statistics import Ints
+from common.heads.tokens import Battery, TokenBatch, battery, continuing
 from common.loading import models
 from tests import handbuilt
 from tests.handbuilt import COPY, VERDICTS, HandBuilt, Role

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from common import UserError
+from common.attention.head import Head
 from common.heads import labels
 from common.heads.labels import Labels
 from common.interventions import causal
@@ -19,7 +20,7 @@ from common.interventions.causal import LEAST, CausalEffects
 def test_labels_are_read(tmp_path):
     path = tmp_path / "labels.json"
     path.write_text(json.dumps({"source": "by hand", "induction_heads": ["1.2", "0.0"]}))
-    assert labels.read(path, 2, 3) == Labels(frozenset({(1, 2), (0, 0)}), "by hand")
+    assert labels.read_labels(path, 2, 3) == Labels(frozenset({Head.at(1, 2), Head.at(0, 0)}), "by hand")
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,7 @@ def test_labels_are_read(tmp_path):
         ('{"induction_heads": ["²."]}', "no head"),
         ('{"induction_heads": ["1.٢"]}', "no head"),
         ('{"induction_heads": ["2.0"]}', "no head 2.0"),
+        ('{"induction_heads": ["cross 1.0"]}', "no head cross 1.0"),
         ('{"induction_heads": ["0.3"]}', "no head 0.3"),
     ],
 )
@@ -42,12 +44,12 @@ def test_wrong_label_files_say_what_is_wrong(tmp_path, text, reason):
     path = tmp_path / "labels.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=reason):
-        labels.read(path, 2, 3)
+        labels.read_labels(path, 2, 3)
 
 
 def test_a_missing_label_file_is_said(tmp_path):
     with pytest.raises(UserError, match="cannot read labels"):
-        labels.read(tmp_path / "none.json", 2, 3)
+        labels.read_labels(tmp_path / "none.json", 2, 3)
 
 
 GPT2_SMALL = SimpleNamespace(
@@ -60,18 +62,21 @@ def never() -> Labels:
 
 
 def test_the_published_table_is_for_gpt2_small_alone(random_gpt2):
-    known = labels.choose(None, GPT2_SMALL, never)
-    assert known == labels.choose("published", GPT2_SMALL, never)
-    assert known.heads == {(5, 1), (5, 5), (6, 9), (7, 2), (7, 10)} and "2211.00593" in known.source
+    known = labels.choose_labels(None, GPT2_SMALL, never)
+    assert known == labels.choose_labels("published", GPT2_SMALL, never)
+    assert {str(head) for head in known.heads} == {"5.1", "5.5", "6.9", "7.2", "7.10"}
+    assert "2211.00593" in known.source
     pretender = replace(random_gpt2, name="gpt2")
-    assert labels.choose(None, pretender, never) is None, "a model of that name and another shape has no such labels"
+    assert labels.choose_labels(None, pretender, never) is None, (
+        "a model of that name and another shape has no such labels"
+    )
     with pytest.raises(UserError, match="no published labels for gpt2"):
-        labels.choose("published", pretender, never)
+        labels.choose_labels("published", pretender, never)
 
 
 def test_the_models_own_labels_come_first_and_none_means_none(mini):
-    assert labels.choose(None, mini, never) == labels.read(mini.labels_file, mini.n_layers, mini.n_heads)
-    assert labels.choose("none", mini, never) is None
+    assert labels.choose_labels(None, mini, never) == labels.read_labels(mini.labels_file, mini.n_layers, mini.n_heads)
+    assert labels.choose_labels("none", mini, never) is None
 
 
 def test_the_rule_needs_size_and_certainty():
@@ -91,7 +96,7 @@ def test_the_rule_needs_size_and_certainty():
 def test_causal_labels_are_what_was_built(hand_built, seed):
     built, model = hand_built(seed)
     effects = causal.measure(model)
-    assert effects.labels().heads == set(built.heads("induction"))
+    assert {head.place for head in effects.labels().heads} == set(built.heads("induction"))
     assert set(effects.heads(-1)) == set(built.heads("suppression"))
 
 

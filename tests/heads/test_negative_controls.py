@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from common.attention.head import Head
 from common.heads import scores
-from common.heads.sequences import battery
 from common.heads.survey import survey
+from common.heads.tokens import battery
 from common.loading import models
 from tests.conftest import save_random_gpt2
 
 CHECKPOINTS = models.MINI.with_name("mini-checkpoints")
 
 
-def found_in(model: models.Model, seed: int = 0) -> set[tuple[int, int]]:
+def found_in(model: models.Model, seed: int = 0) -> set[Head]:
     return set(survey(model, seed=seed, batch_size=16).found.ranked())
 
 

@@ -8,8 +8,8 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from common.heads import scores
-from common.heads.sequences import HEAD_TYPES, TokenBatch, battery
-from tests.heads.test_sequences import slow_cells
+from common.heads.tokens import HEAD_TYPES, TokenBatch, battery
+from tests.heads.test_tokens import slow_cells
 
 ROWS = [[5, 6, 7, 5, 6, 7, 5], [9, 9, 9, 4], [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]]
 
@@ -175,4 +175,4 @@ def test_attention_split_over_several_copies_still_counts_in_full(monkeypatch):
     pattern = looking_at([0, 0, 0, 2, 3, 2, 2])
     pattern[5] = [0, 0, 0.5, 0, 0.5, 0, 0]  # two targets, half of the attention each
     measured = fake_scores(monkeypatch, pattern[None], [7, 8, 7, 8, 7, 1])
-    assert measured.row_means("prefix_matching")[0, 0, 0] == pytest.approx(1.0)
+    assert measured.mean("prefix_matching")[0, 0] == pytest.approx(1.0)

@@ -22,7 +22,7 @@ from transformers import (
 from common import UserError, cli
 from common.attention import batching, trunk
 from common.heads import scores
-from common.heads.sequences import Cells, TokenBatch
+from common.heads.tokens import Cells, TokenBatch
 from common.loading import models
 from common.results import analysis
 from tests.conftest import ROOT
@@ -273,7 +273,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from benchmarks.scoring import peak, reset_peak
 from common.loading import models
 from common.heads import scores
-from common.heads.sequences import TokenBatch
+from common.heads.tokens import TokenBatch
 
 def small_llama(layers):
     tokenizer = AutoTokenizer.from_pretrained(models.MINI)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.heads.statistics import RowSums, bootstrap_weights, interval_over_rows, resampled_mean
+from common.heads.statistics import RowSums, bootstrap_weights, interval_over_rows, mean_per_row, resampled_mean
 
 rows_of_values = st.lists(
     st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=5), min_size=1, max_size=6
@@ -64,3 +64,16 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
 def test_weighted_means_of_rows():
     values = np.array([[1.0], [3.0]])
     assert resampled_mean(values, np.array([[2.0, 0.0], [1.0, 1.0]])).ravel().tolist() == [1.0, 2.0]
+
+
+@given(rows_of_values, st.integers(0, 3))
+def test_a_mean_per_row_is_that_of_the_rows_own_values(rows, empty):
+    """However the values are ordered, and NaN for a row without any."""
+    row = np.repeat(np.arange(len(rows)), [len(values) for values in rows])
+    order = np.random.default_rng(0).permutation(len(row))
+    values = np.concatenate(rows)[order]
+    found = mean_per_row(np.stack([values, -values], axis=1), row[order], len(rows) + empty)
+    expected = np.array([np.mean(values) for values in rows] + [np.nan] * empty)
+    assert found.dtype == np.float64
+    assert found == pytest.approx(np.stack([expected, -expected], axis=1), nan_ok=True)
+    assert mean_per_row(values, row[order], len(rows) + empty) == pytest.approx(expected, nan_ok=True)

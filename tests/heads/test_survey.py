@@ -9,9 +9,9 @@ import pytest
 
 from common.heads import scores
 from common.heads.detection import detect
-from common.heads.sequences import Battery, TokenBatch, battery
 from common.heads.statistics import RowSums
-from common.heads.survey import LOT, MOST_ROWS, measure, survey
+from common.heads.survey import LOT, MOST_ROWS, gather_evidence, survey
+from common.heads.tokens import Battery, TokenBatch, battery
 from tests.handbuilt import COPY, ON_TARGETS, Role
 
 SAME_VERDICT = (*ON_TARGETS, "previous-token", "duplicate-token", "bos-sink", "uniform", "before-duplicate")
@@ -45,7 +45,7 @@ def test_the_other_kinds_are_named_too(hand_built):
 def test_rows_without_repeats_have_no_induction(hand_built, mini):
     for model in (hand_built(0)[1], mini):
         drawn, other = (battery(model.ordinary(), model.bos, rows=16, length=64, seed=seed) for seed in (0, 1))
-        evidence = measure(model, drawn, batch_size=8, advance=lambda rows: None)
+        evidence = gather_evidence(model, drawn, batch_size=8, advance=lambda rows: None)
         assert evidence.decide(None).induction.any()
         without = dataclasses.replace(evidence, repeats=scores.score(model, other.controls, batch_size=8))
         assert not without.decide(None).attends.any()
@@ -78,7 +78,7 @@ def evidence_of(hand_built, role: Role, **options):
     roles = {(0, 0): Role("previous-token", slot=0), (1, 0): role}
     model = hand_built(roles)[1]
     drawn = options.pop("drawn", battery(model.ordinary(), model.bos, rows=16, length=64, seed=5))
-    return model, drawn, measure(model, drawn, batch_size=8, advance=lambda rows: None)
+    return model, drawn, gather_evidence(model, drawn, batch_size=8, advance=lambda rows: None)
 
 
 def verdict(evidence, **changed) -> str:

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.heads.sequences import TokenBatch, text_controls
-from common.heads.texts import CONTROLS, score_text
+from common.heads.texts import CONTROL_ROWS, score_text
+from common.heads.tokens import TokenBatch, text_controls
 from tests.handbuilt import COPY, Role
-from tests.heads.test_sequences import cells_of
+from tests.heads.test_tokens import cells_of
 
 ROLES = {
     (0, 0): Role("previous-token", slot=0),
@@ -42,12 +42,12 @@ def model(hand_built):
     return hand_built(ROLES)[1]
 
 
-def read(model, *tokens: int):
+def scored(model, *tokens: int):
     return score_text(model, np.array([model.bos, *tokens]), seed=0, batch_size=8)
 
 
 def test_induction_is_at_work_where_something_repeats(model):
-    found = read(model, *range(100, 112), *range(100, 112))
+    found = scored(model, *range(100, 112), *range(100, 112))
     assert found.queries == 12
     attends = found.attention.attends
     assert attends[1, 0] and attends[1, 1]
@@ -57,30 +57,30 @@ def test_induction_is_at_work_where_something_repeats(model):
 
 def test_the_fixed_offset_head_that_hits_the_targets_is_not_fooled_by(model):
     """In a row of period 3 the token two back is every target: its control says that it always looks there."""
-    found = read(model, 5, 6, 7, 5, 6, 7, 5, 6, 7)
+    found = scored(model, 5, 6, 7, 5, 6, 7, 5, 6, 7)
     assert found.attention.score[0, 1] > 0.5
     assert not found.attention.attends[0, 1]
     assert found.attention.attends[1, 0]
 
 
 def test_one_query_asks_for_more_than_twelve(model):
-    one = read(model, *range(100, 112), 100)
-    twelve = read(model, *range(100, 112), *range(100, 112))
+    one = scored(model, *range(100, 112), 100)
+    twelve = scored(model, *range(100, 112), *range(100, 112))
     assert one.queries == 1
     spread = one.attention.threshold - one.attention.control
     assert (spread >= twelve.attention.threshold - twelve.attention.control - 0.02).all()
 
 
 def test_nothing_repeats_nothing_is_said(model):
-    found = read(model, 5, 6, 7, 8)
+    found = scored(model, 5, 6, 7, 8)
     assert found.attention is None and found.queries == 0 and found.cells == []
     assert np.isnan(found.scores.mean("prefix_matching")).all()
 
 
 def test_the_null_is_read_at_the_same_cells(model):
     """With as many control rows as stated, each query's null is the mean over them."""
-    found = read(model, 5, 6, 7, 5, 6, 7)
-    assert CONTROLS == 32
+    found = scored(model, 5, 6, 7, 5, 6, 7)
+    assert CONTROL_ROWS == 32
     assert found.attention.control.shape == (2, 2)
     assert (found.attention.low <= found.attention.score + 1e-12).all()
     assert (found.attention.score <= found.attention.high + 1e-12).all()

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import interventions as benchmark
 from common import UserError
-from common.heads.sequences import TokenBatch, continuing
+from common.heads.tokens import TokenBatch, continuing
 from common.interventions import interventions
 from common.interventions.bench import Bench, Reads, greedy, logit_difference, sweep
 from common.interventions.edits import applied

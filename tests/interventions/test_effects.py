@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.heads import detection, scores
-from common.heads.sequences import TokenBatch, battery, continuing
+from common.heads.tokens import TokenBatch, battery, continuing
 from common.interventions import effects, interventions
 from common.interventions.bench import Bench, Reads
 from common.interventions.edits import Recordings, applied

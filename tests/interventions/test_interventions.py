@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from common import UserError
-from common.heads.sequences import Cells, TokenBatch
+from common.heads.tokens import Cells, TokenBatch
 from common.interventions import interventions
 from common.interventions.edits import POINTS, Recordings, applied
 from common.loading import models

@@ -11,7 +11,7 @@ import pytest
 
 from common import UserError
 from common.circuits import qk
-from common.heads.sequences import TokenBatch, battery, continuing
+from common.heads.tokens import TokenBatch, battery, continuing
 from common.interventions import effects, interventions
 from common.interventions import qk_interventions as qki
 from common.interventions.edits import Edit, Recordings, ValueEdit

@@ -12,7 +12,7 @@ import torch
 
 import induction_head_detection as script
 from common.heads import attribution
-from common.heads.sequences import TokenBatch, battery, continuing
+from common.heads.tokens import TokenBatch, battery, continuing
 from common.interventions.bench import Bench, Reads
 from common.interventions.edits import Edit, Intervention, Recordings
 from common.interventions.interventions import check_values, without_cells

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import induction_head_detection
 import qk_circuit_analysis
+from common.attention.head import Head
 from common.circuits import qk
 from common.heads import scores
-from common.heads.detection import name
 from common.results import html_figures, html_report
 from tests import browser
 
@@ -214,14 +214,14 @@ def test_the_first_page_renders_says_values_and_follows_clicks(chromium, first, 
     assert [one.text for one in chromium.find_elements("css selector", "section.text h3")] == ["Text 1", "Text 2"]
     heads = results["heads"]
     for head in (max(heads, key=lambda one: one["prefix_matching"]), heads[-1], heads[0]):
-        assert f"head {name(head['layer'], head['head'])}" in hover(chromium, "mosaic", *in_mosaic(results, head))
+        assert f"head {Head.at(head['layer'], head['head'])}" in hover(chromium, "mosaic", *in_mosaic(results, head))
         said = chromium.find_element("id", "numbers").text
-        assert f"Head {name(head['layer'], head['head'])}" in said
+        assert f"Head {Head.at(head['layer'], head['head'])}" in said
         for column, value in head.items():  # as in heads.csv
             if isinstance(value, float):
                 assert f"{column} {value:.4g}" in said
         click(chromium)
-        assert f"Head {name(head['layer'], head['head'])}:" in chromium.find_element("id", "chosen").text
+        assert f"Head {Head.at(head['layer'], head['head'])}:" in chromium.find_element("id", "chosen").text
         (pattern,) = scores.patterns(mini, mini.encode(REPEATS), [(head["layer"], head["head"])])
         seen = np.where(np.tri(len(pattern), dtype=bool), pattern, np.nan)[1:]
         np.testing.assert_allclose(drawn(chromium, "text-0-pattern"), seen, atol=2e-5)

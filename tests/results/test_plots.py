@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
 
+from common.attention.head import Head
 from common.heads.detection import Detection, by_score
 from common.heads.labels import Labels
-from common.heads.sequences import BUDGET
+from common.heads.tokens import BUDGET
 from common.results import plots
 
 TOKENS = ["BOS", "a", "·b", "c", "a", "·b"]
@@ -68,7 +69,7 @@ def test_budget_bars_are_the_shares_and_fill_the_line(axes, found):
 
 
 def test_the_chosen_point_is_marked_on_precision_and_recall(axes, found):
-    plots.precision_recall(axes, found, Labels(frozenset({(0, 1), (1, 0)}), "by hand"), "title")
+    plots.precision_recall(axes, found, Labels(frozenset({Head.at(0, 1), Head.at(1, 0)}), "by hand"), "title")
     chosen = next(line for line in axes.lines if "verdicts" in line.get_label())
     assert (chosen.get_xdata()[0], chosen.get_ydata()[0]) == (0.5, 0.5)
     assert "by hand" in axes.get_title()

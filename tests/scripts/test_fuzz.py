@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import induction_head_detection as detection
 import qk_circuit_analysis as analysis
 from common import UserError, cli
-from common.heads import labels, sequences, texts
+from common.heads import labels, texts, tokens
 from common.loading import escapes, models
 from common.results import files, plots
 from tests.conftest import roughen, save_random_gpt2
@@ -128,7 +128,7 @@ def labels_file(tmp_path_factory):
 def test_label_files_are_read_or_refused(labels_file, content):
     labels_file.write_bytes(content if isinstance(content, bytes) else content.encode())
     try:
-        found = labels.read(labels_file, 3, 4)
+        found = labels.read_labels(labels_file, 3, 4)
     except UserError as error:
         assert str(labels_file) in str(error)
         return
@@ -138,7 +138,7 @@ def test_label_files_are_read_or_refused(labels_file, content):
 @cases(200)
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=30), min_size=1, max_size=4))
 def test_cells_of_any_token_lists_lie_in_the_past(rows):
-    batch = sequences.TokenBatch.of([np.array([9, *row]) for row in rows], pad=9)
+    batch = tokens.TokenBatch.of([np.array([9, *row]) for row in rows], pad=9)
     for kind, cells in batch.cells.items():
         assert (cells.key <= cells.query).all() and (cells.query < batch.lengths[cells.row]).all()
         if kind == "prefix_matching":
@@ -151,12 +151,12 @@ def test_cells_of_any_token_lists_lie_in_the_past(rows):
 @given(st.integers(0, 40), st.integers(-1, 40), st.integers(0, 2**63 - 1), st.integers(1, 3))
 def test_batteries_are_drawn_or_refused(vocabulary, length, seed, rows):
     try:
-        drawn = sequences.battery(np.arange(1, 1 + vocabulary), 0, rows=rows, length=length, seed=seed)
+        drawn = tokens.battery(np.arange(1, 1 + vocabulary), 0, rows=rows, length=length, seed=seed)
     except UserError:
         assert length < 8 or vocabulary < 2
         return
     assert drawn.repeats.tokens.shape == drawn.controls.tokens.shape == (rows, length)
-    assert sequences.continuing(drawn.repeats).any(1).all()
+    assert tokens.continuing(drawn.repeats).any(1).all()
 
 
 @cases(150)

@@ -1,4 +1,4 @@
-"""Token ids and the cells to read: for each head type, which (query, key) cells of the pattern belong to it.
+"""Rows of token ids, and the cells of the attention pattern that each head type is about.
 
 For a row x with BOS at 0, the targets of query i are T(i) = {j+1 : 0 < j < i, x[j] == x[i], j+1 < i}: the tokens
 that came after earlier copies of the current token. A score is a mean over queries of the attention that the query
@@ -12,12 +12,12 @@ pays to its cells; queries without a cell are left out.
 | first_token | i >= 1 | 0 |
 | current_token | i >= 1 | i |
 
-The attention budget shares out all that a query with a target pays, so its parts sum to 1: first to its targets, then,
-of the cells left, to the previous token, itself, earlier copies, BOS (`BUDGET`); the rest is `other`.
+The attention budget divides all that a query with a target pays, so its parts sum to 1: first its targets, then, of
+the cells left, the previous token, the token itself, earlier copies, BOS (`BUDGET`); the rest is `other`.
 
 The battery draws rows of token ids (never text: text does not survive decoding and re-encoding). Each row is BOS,
 filler, a segment, a gap, the segment again, filler. Its control row is the same with the second segment drawn afresh,
-and is read at the same cells: what a head does there is its own null.
+and is read at the same cells: what a head pays to them there is its null.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import UserError
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from common.heads.statistics import Ints
 
 HEAD_TYPES = ("prefix_matching", "previous_token", "duplicate_token", "first_token", "current_token")
 BUDGET = ("targets", "previous", "self", "duplicates", "bos", "other")
+ROW_LENGTH = 128  # tokens of a battery row, BOS included; less where the context is shorter
+SHORTEST = 8  # BOS, a segment of two tokens twice, and some room for a gap
 
 
 @dataclass(frozen=True)
 class Cells:
     """Cells of the attention pattern, grouped by the query they belong to.
 
-    `row`, `query`, `key`, `group`: [cells]; `group` numbers the (row, query) pair a cell belongs to, and
-    `group_row`: [groups] says which row that is.
+    `row`, `query`, `key`, `group`: [cells]. `group` numbers the (row, query) pair that a cell belongs to, and
+    `group_row`: [groups] is the row of that pair.
     """
 
     row: Ints
@@ -55,6 +55,7 @@ class Cells:
         """Group the cells by their (row, query)."""
         pairs = np.stack([row, query], axis=1).reshape(-1, 2)
         unique, group = np.unique(pairs, axis=0, return_inverse=True)
+        # NumPy 2.0 returns the inverse as [cells, 1], other versions as [cells].
         return cls(row, query, key, group.reshape(-1), unique[:, 0])
 
     def rows(self, start: int, stop: int) -> Cells:
@@ -71,11 +72,10 @@ class Cells:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Rows of token ids, right-padded, and the cells to read in them.
+    """Rows of token ids, padded on the right, and the cells to read in them.
 
-    `tokens`: [rows, pos] ids; `lengths`: [rows]; `cells`: one entry per head type, and `budget_previous` and so on for
-    the parts of the budget that are neither targets nor the rest. Attention is causal, so padding on the right never
-    reaches a cell.
+    `tokens`: [rows, pos] ids. `lengths`: [rows]. `cells`: one entry per head type, and `budget_previous` and so on for
+    the parts of the budget other than `targets` and `other`.
     """
 
     tokens: Ints
@@ -86,9 +86,10 @@ class TokenBatch:
     def of(cls, rows: list[Ints], pad: int) -> TokenBatch:
         """Pad `rows` (each with BOS first) with `pad` on the right and find the cells of every head type."""
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        # On the right: attention is causal, so no token ever sees the padding.
         tokens = np.full((len(rows), int(lengths.max(initial=0))), pad, dtype=np.int64)
-        for place, row in zip(tokens, rows, strict=True):
-            place[: len(row)] = row
+        for padded, row in zip(tokens, rows, strict=True):
+            padded[: len(row)] = row
         cells = head_type_cells(tokens, lengths)
         return cls(tokens, lengths, {**cells, **budget_cells(cells, tokens.shape[1])})
 
@@ -99,12 +100,15 @@ class TokenBatch:
 
 
 def head_type_cells(tokens: Ints, lengths: Ints) -> dict[str, Cells]:
-    """The cells of every head type in [rows, pos] token ids whose first `lengths` [rows] count."""
+    """The cells of every head type.
+
+    `tokens`: [rows, pos] ids. `lengths`: [rows], how many tokens of each row count; the rest is padding.
+    """
     row, query, key = earlier_copies(tokens, lengths)
-    follows = key + 1 < query  # an adjacent copy's next token is the query itself
+    follows = key + 1 < query  # the token after an adjacent copy is the query itself
     every_row, every_query = np.nonzero(np.arange(tokens.shape[1]) < lengths[:, None])
     later = every_query >= 1
-    second = every_query >= 2
+    second = every_query >= 2  # the previous token of query 1 is BOS, which first_token is about
     return {
         "prefix_matching": Cells.of(row[follows], query[follows], key[follows] + 1),
         "previous_token": Cells.of(every_row[second], every_query[second], every_query[second] - 1),
@@ -115,55 +119,60 @@ def head_type_cells(tokens: Ints, lengths: Ints) -> dict[str, Cells]:
 
 
 def budget_cells(cells: dict[str, Cells], width: int) -> dict[str, Cells]:
-    """Of queries with a target, the cells of each further part of the budget, no cell in two parts.
+    """The cells of the budget's parts other than `targets` and `other`, of queries with a target; no cell is in two.
 
     `cells`: those of the head types, in rows of `width` tokens.
     """
-    targets = cells["prefix_matching"]
+    targets, copies = cells["prefix_matching"], cells["duplicate_token"]
     row, query = np.unique(np.stack([targets.row, targets.query]), axis=1)
-    copies = cells["duplicate_token"]
-    asked = np.isin(_code(copies.row, copies.query, 0, width), _code(row, query, 0, width))
-    wanted = {
+    has_target = np.isin(_code(copies.row, copies.query, 0, width), _code(row, query, 0, width))
+    candidates = {
         "previous": (row, query, query - 1),
         "self": (row, query, query),
-        "duplicates": (copies.row[asked], copies.query[asked], copies.key[asked]),
+        "duplicates": (copies.row[has_target], copies.query[has_target], copies.key[has_target]),
         "bos": (row, query, np.zeros_like(query)),
     }
+    # In this order each part gets what no part before it took: a target that is also the previous token is a target.
     taken = _code(targets.row, targets.query, targets.key, width)
     parts = {}
-    for part, place in wanted.items():
-        code = _code(*place, width)
+    for part, indices in candidates.items():
+        code = _code(*indices, width)
         free = ~np.isin(code, taken)
-        parts[f"budget_{part}"] = Cells.of(*(index[free] for index in place))
+        parts[f"budget_{part}"] = Cells.of(*(index[free] for index in indices))
         taken = np.concatenate([taken, code])
     return parts
 
 
 def _code(row: Ints, query: Ints, key: Ints | int, width: int) -> Ints:
-    """One number per (row, query, key)."""
+    """One number per (row, query, key), so that sets of cells can be compared by `np.isin`."""
     return (row * width + query) * width + key
 
 
 def earlier_copies(tokens: Ints, lengths: Ints) -> tuple[Ints, Ints, Ints]:
-    """Every (row, query, key) with 0 < key < query and the same token at both, in time linear in their number."""
+    """(row, query, key), each [pairs]: all pairs with 0 < key < query and the same token at both.
+
+    Takes time linear in the number of pairs. `tokens`: [rows, pos] ids. `lengths`: [rows].
+    """
     row, position = np.nonzero(np.arange(tokens.shape[1]) < lengths[:, None])
-    row, position = row[position > 0], position[position > 0]
+    row, position = row[position > 0], position[position > 0]  # BOS is no earlier copy, even of a BOS in the text
     token = tokens[row, position]
+    # After sorting, the copies of a token in a row are a run of neighbours, in the order of their positions.
     order = np.lexsort((position, token, row))
     row, position, token = row[order], position[order], token[order]
-    place = np.arange(len(order))
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = (row[1:] != row[:-1]) | (token[1:] != token[:-1])
-    first = np.maximum.accumulate(np.where(new, place, 0))
-    rank = place - first  # how many earlier copies there are
-    later = np.repeat(place, rank)
-    offset = np.arange(len(later)) - np.repeat(np.cumsum(rank) - rank, rank)
-    earlier = np.repeat(first, rank) + offset
+    index = np.arange(len(order))
+    starts = np.ones(len(order), dtype=bool)
+    starts[1:] = (row[1:] != row[:-1]) | (token[1:] != token[:-1])
+    first = np.maximum.accumulate(np.where(starts, index, 0))
+    n_earlier = index - first
+    # Each copy is paired with all n_earlier members of its run before it: first, first + 1, and so on.
+    later = np.repeat(index, n_earlier)
+    offset = np.arange(len(later)) - np.repeat(np.cumsum(n_earlier) - n_earlier, n_earlier)
+    earlier = np.repeat(first, n_earlier) + offset
     return row[later], position[later], position[earlier]
 
 
 def continuing(batch: TokenBatch) -> NDArray[np.bool_]:
-    """Which tokens, [rows, pos], are the ones that induction predicts: they follow their predecessor as before.
+    """Which tokens, [rows, pos], induction predicts: those that follow their predecessor as an earlier copy of it did.
 
     The first token of a second copy is not among them: nothing predicts it.
     """
@@ -178,36 +187,49 @@ def continuing(batch: TokenBatch) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Battery:
-    """Rows with a repeat, and their control rows read at the same cells."""
+    """Rows with a repeat, and their control rows, which are read at the same cells."""
 
     repeats: TokenBatch
     controls: TokenBatch
 
-    def rows(self, start: int, stop: int) -> Battery:
-        return Battery(self.repeats.rows(start, stop), self.controls.rows(start, stop))
-
 
 def battery(ordinary: Ints, bos: int, *, rows: int, length: int, seed: int, first: int = 0) -> Battery:
-    """Draw `rows` rows of `length` ids from the `ordinary` tokens, beginning at row `first`.
+    """Draw `rows` rows of `length` ids, BOS first, the others from the `ordinary` tokens, from row number `first` on.
 
-    Row r depends on (seed, r) alone: more rows can be drawn later.
-    Raises UserError where a row is too short to hold a segment twice or there are fewer than two ordinary tokens.
+    Row r depends on (seed, r) alone, so more rows can be drawn later.
+    Raises UserError if a row is too short to hold a segment twice, or if there are fewer than two ordinary tokens.
     """
-    if length < 8:
-        raise UserError(f"a row of {length} tokens is too short for a repeat: the model must read at least 8")
+    if length < SHORTEST:
+        raise UserError(f"a row of {length} tokens is too short for a repeat: the model must read at least {SHORTEST}")
     if len(ordinary) < 2:
         raise UserError("the vocabulary has fewer than two ordinary tokens: there is nothing to repeat")
     pairs = [_battery_row(np.random.default_rng([seed, first + row]), ordinary, bos, length) for row in range(rows)]
     repeats = TokenBatch.of([repeat for repeat, _ in pairs], pad=bos)
+    # The null of a head is what it pays to the cells of the repeats, so the control rows take over those cells.
     controls = TokenBatch(np.stack([control for _, control in pairs]), repeats.lengths, repeats.cells)
     return Battery(repeats, controls)
 
 
+def _battery_row(rng: np.random.Generator, ordinary: Ints, bos: int, length: int) -> tuple[Ints, Ints]:
+    """A row and its control, each [length]."""
+    body = length - 1
+    # Segment, gap and place vary from row to row: a head that looks a fixed distance back must not hit the targets.
+    size = int(rng.integers(max(2, body // 6), 2 * body // 5 + 1))
+    gap = int(rng.integers(0, body - 2 * size + 1))
+    start = int(rng.integers(0, body - 2 * size - gap + 1))
+    # Without replacement where the vocabulary allows it: chance copies in the control would be targets.
+    control = rng.choice(ordinary, size=body, replace=len(ordinary) < body)
+    repeat = control.copy()
+    again = start + size + gap
+    repeat[again : again + size] = repeat[start : start + size]
+    return np.concatenate([[bos], repeat]), np.concatenate([[bos], control])
+
+
 def text_controls(batch: TokenBatch, ordinary: Ints, *, rows: int, seed: int) -> TokenBatch:
-    """`rows` control rows of the one text in `batch`, read at the text's own prefix-matching cells.
+    """`rows` control rows of the one text in `batch`, to be read at the text's own prefix-matching cells.
 
     As in the battery, what repeats is drawn afresh: every token with an earlier copy becomes an ordinary token that the
-    text does not hold (any ordinary token, where it holds them all).
+    text does not hold (any ordinary token if the text holds them all).
     """
     text = batch.tokens[0]
     again = np.unique(batch.cells["duplicate_token"].query)
@@ -221,16 +243,3 @@ def text_controls(batch: TokenBatch, ordinary: Ints, *, rows: int, seed: int) ->
     row = np.repeat(np.arange(rows), len(cells.query))
     repeated = Cells.of(row, np.tile(cells.query, rows), np.tile(cells.key, rows))
     return TokenBatch(tokens, np.repeat(batch.lengths, rows), {"prefix_matching": repeated})
-
-
-def _battery_row(rng: np.random.Generator, ordinary: Ints, bos: int, length: int) -> tuple[Ints, Ints]:
-    """A row and its control. The place of the segment, its size and the gap vary from row to row."""
-    body = length - 1
-    size = int(rng.integers(max(2, body // 6), 2 * body // 5 + 1))
-    gap = int(rng.integers(0, body - 2 * size + 1))
-    start = int(rng.integers(0, body - 2 * size - gap + 1))
-    control = rng.choice(ordinary, size=body, replace=len(ordinary) < body)
-    repeat = control.copy()
-    again = start + size + gap
-    repeat[again : again + size] = repeat[start : start + size]
-    return np.concatenate([[bos], repeat]), np.concatenate([[bos], control])

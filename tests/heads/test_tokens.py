@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.heads.sequences import TokenBatch, battery, continuing, head_type_cells
+from common.heads.tokens import TokenBatch, battery, continuing, head_type_cells
 
 BOS = 0
 short_rows = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=14), min_size=1, max_size=4)

@@ -11,13 +11,13 @@ Scores do not depend on it: every row is scored by itself.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, TypeVar
 
 import torch
 
 from common import UserError
-from common.loading.models import Model
 
 ENOUGH = 2048  # tokens at once, from which on more of them make a forward pass on a CPU no faster
 ENOUGH_GPU = 32768  # the same on a GPU
@@ -27,20 +27,46 @@ SHARE = 0.5  # of the free memory that may be used
 
 Result = TypeVar("Result")
 
+# progress(what, total) is entered for each piece of work and yields advance(count), to be told of what is done
+Advance = Callable[[int], None]
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
-def batch_size(model: Model, length: int) -> int:
+
+@contextmanager
+def silent(what: str, total: int) -> Iterator[Advance]:
+    """Progress that nobody watches."""
+    yield lambda count: None
+
+
+class Sizes(Protocol):
+    """What memory depends on."""
+
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def d_vocab(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+def batch_size(model: Sizes, length: int) -> int:
     """Rows of `length` tokens to run at once, at least 1, where a backward pass may have to keep all layers."""
     enough = (ENOUGH if model.device.type == "cpu" else ENOUGH_GPU) // length
     fitting = int(SHARE * free_memory(model.device)) // bytes_per_row(model, length)
     return max(1, min(enough, fitting))
 
 
-def bytes_per_row(model: Model, length: int) -> int:
+def bytes_per_row(model: Sizes, length: int) -> int:
     """About what a row of `length` tokens needs in a forward pass whose every activation is kept, logits included."""
-    cfg = model.bridge.cfg
-    per_layer = length * (WIDTHS * cfg.d_model + PATTERNS * model.n_heads * length)
-    size = torch.finfo(model.bridge.W_U.dtype).bits // 8
-    return size * (model.n_layers * per_layer + 2 * length * cfg.d_vocab)
+    per_layer = length * (WIDTHS * model.d_model + PATTERNS * model.n_heads * length)
+    size = torch.finfo(model.dtype).bits // 8
+    return size * (model.n_layers * per_layer + 2 * length * model.d_vocab)
 
 
 def free_memory(device: torch.device) -> int:
@@ -56,7 +82,7 @@ def in_batches(
     work: Callable[[tuple[int, int]], Result],
     rows: int,
     batch_size: int,
-    advance: Callable[[int], None] = lambda rows: None,
+    advance: Advance = lambda rows: None,
 ) -> list[Result]:
     """What `work` makes of rows (start, stop) at a time, in order; `advance` is told of each finished group.
 

@@ -1,0 +1,157 @@
+"""Which earlier heads write what the heads of a layer read: composition (Elhage et al. 2021).
+
+How much of what a head reads, as query (Q), key (K) or value (V), is the output of an earlier head:
+||W_OV W|| / (||W_OV|| ||W||) in Frobenius norms. Random matrices score about 1/sqrt(d_model), and more where their
+spectra are steep. So each score is compared with the same two matrices, their spectra kept and a random rotation put
+between them, as a z-score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.attention.head import Head
+from common.circuits.decomposition import sides_of
+from common.heads.statistics import Floats
+from common.loading.families import UNCHANGED, plain
+
+if TYPE_CHECKING:
+    from common.loading.model import Model
+
+Pair = tuple[Head, Head]  # an earlier head that writes, and a head of the layer that reads
+WAYS = ("Q", "K", "V")
+ROTATIONS = 200  # random rotations that a composition score is compared with
+SIGNIFICANCE = 0.05  # chance of one false pair among all that are compared
+PAYS_HALF = 0.5  # attention to the previous token from which a head counts as a previous-token head here
+
+
+@dataclass(frozen=True)
+class Composition:
+    """How the heads of `layer` compose with earlier heads, by way (Q, K, V).
+
+    `senders`: the earlier heads; `scores`, `baseline` and `z`: way -> [sender, head of `layer`], the score in [0, 1],
+    its mean over random rotations, and how many of their standard deviations it lies above that mean. `limit`: the z
+    above which a pair counts, corrected for the number of pairs and ways (Bonferroni).
+    """
+
+    layer: int
+    senders: tuple[Head, ...]
+    scores: dict[str, Floats]
+    baseline: dict[str, Floats]
+    z: dict[str, Floats]
+    limit: float
+
+    def __repr__(self) -> str:
+        above = ", ".join(f"{(z > self.limit).sum()} in {way}" for way, z in self.z.items())
+        return f"Composition(layer {self.layer}, {len(self.senders)} earlier heads; above z {self.limit:.1f}: {above})"
+
+    def strongest(self, way: str, senders: Sequence[Head], heads: Sequence[Head]) -> Pair:
+        """The (sender, head) of the highest z among `senders` and `heads` of the layer."""
+        pairs = [(sender, head) for sender in senders for head in heads]
+        return max(pairs, key=lambda pair: self._at(self.z, way, pair))
+
+    def from_previous_token(self, previous_token: Floats, heads: Sequence[Head]) -> Pair:
+        """The earlier previous-token head and the one of `heads` that K-compose most.
+
+        Previous-token heads pay at least half of their attention there, by `previous_token` [layer, head]; if none
+        before this layer does, the one that pays most counts.
+        """
+        senders = [head for head in self.senders if previous_token[head.place] >= PAYS_HALF]
+        return self.strongest("K", senders or [max(self.senders, key=lambda head: previous_token[head.place])], heads)
+
+    def record(self, pair: Pair) -> dict[str, object]:
+        """As results.json holds it: `pair` in K-composition, and the strongest pair of each way."""
+        heads = [Head.at(self.layer, head) for head in range(self.z["Q"].shape[1])]
+        best = {way: self._describe(way, self.strongest(way, self.senders, heads)) for way in WAYS}
+        return {"z_limit": self.limit, "previous_token_to_induction": self._describe("K", pair), "strongest": best}
+
+    def _describe(self, way: str, pair: Pair) -> dict[str, object]:
+        numbers = {"score": self.scores, "baseline": self.baseline, "z": self.z}
+        found = {key: self._at(values, way, pair) for key, values in numbers.items()}
+        return {"writes": str(pair[0]), "reads": str(pair[1]), **found}
+
+    def _at(self, values: dict[str, Floats], way: str, pair: Pair) -> float:
+        return float(values[way][self.senders.index(pair[0]), pair[1].head])
+
+
+def compose(model: Model, layer: int, *, seed: int) -> Composition | None:
+    """Composition of every head of `layer` with every head before it; None in the first layer.
+
+    Norm weights are folded in on the reading side and frozen scales left out. `seed` draws the random rotations.
+    Raises UserError for models that norm the queries of all heads at once.
+    """
+    if layer == 0:
+        return None
+    writing = np.concatenate([_onto(*reversed(_values_and_outputs(model, earlier))) for earlier in range(layer)])
+    corners = _corners(model.d_model, writing.shape[-1], seed)
+    scores, baseline, z = {}, {}, {}
+    for way in WAYS:
+        reading = _reading(model, layer, way)
+        scores[way] = _scores(writing, reading)
+        random = _random_scores(_spectra(writing), _spectra(reading), corners)
+        baseline[way], spread = random.mean(0), random.std(0)
+        z[way] = np.divide(scores[way] - baseline[way], spread, out=np.zeros_like(spread), where=spread > 0)
+    senders = tuple(Head.at(earlier, head) for earlier in range(layer) for head in range(model.n_heads))
+    limit = NormalDist().inv_cdf(1 - SIGNIFICANCE / (len(WAYS) * scores["Q"].size))
+    return Composition(layer, senders, scores, baseline, z, limit)
+
+
+def _values_and_outputs(model: Model, layer: int) -> tuple[Floats, Floats]:
+    """W_V and W_O^T of every head with the norms around them, [head, d_model, d_head]: W_OV is values · outputs^T."""
+    parts = model.parts.layers[layer]
+    values = np.repeat(plain(parts.weights.W_V), model.n_heads // len(parts.weights.W_V), axis=0)
+    through = (parts.norm or UNCHANGED).linear(np.eye(model.d_model))
+    return through @ values, (parts.norm_behind or UNCHANGED).linear(plain(parts.weights.W_O)).swapaxes(1, 2)
+
+
+def _reading(model: Model, layer: int, way: str) -> Floats:
+    """The matrix by which every head of `layer` reads, as `_onto` gives it: W_QK, its transpose, or W_OV."""
+    if way == "V":
+        return _onto(*_values_and_outputs(model, layer))
+    sides = [sides_of(model, Head.at(layer, head)) for head in range(model.n_heads)]
+    queries, keys = (np.stack([pair[side].folded() for pair in sides]) for side in (0, 1))
+    return _onto(queries, keys) if way == "Q" else _onto(keys, queries)
+
+
+def _onto(near: Floats, far: Floats) -> Floats:
+    """The matrix near · far^T of every head without the rotation on its far side, [head, d_model, d_head].
+
+    `near`, `far`: [head, d_model, d_head]. Norms and singular values, and those of products on the near side, are those
+    of the full [d_model, d_model] matrix, which would not fit in memory for all heads.
+    """
+    return near @ np.linalg.qr(far).R.swapaxes(-2, -1)
+
+
+def _scores(writing: Floats, reading: Floats) -> Floats:
+    """[head that writes, head that reads]; 0 for a head of zeros."""
+    products = [np.linalg.norm(writing.swapaxes(1, 2) @ one, axis=(1, 2)) for one in reading]
+    sizes = np.linalg.norm(writing, axis=(1, 2))[:, None] * np.linalg.norm(reading, axis=(1, 2))
+    return np.divide(np.stack(products, -1), sizes, out=np.zeros_like(sizes), where=sizes > 0)
+
+
+def _spectra(matrices: Floats) -> Floats:
+    """Squared singular values of every head, [head, d_head], scaled to sum to 1."""
+    values = np.linalg.svd(matrices, compute_uv=False) ** 2
+    return values / np.maximum(values.sum(-1, keepdims=True), np.finfo(float).tiny)
+
+
+def _corners(width: int, size: int, seed: int) -> Floats:
+    """Squared entries of the corner of random rotations of `width` dimensions, [rotation, size, size]."""
+    rng = np.random.default_rng([seed, width])
+    # Q of a Gaussian matrix is a random rotation up to the signs of its columns, and squares have no sign.
+    draws = (rng.standard_normal((width, size)) for _ in range(ROTATIONS))
+    return np.stack([np.linalg.qr(draw).Q[:size] ** 2 for draw in draws])
+
+
+def _random_scores(writing: Floats, reading: Floats, corners: Floats) -> Floats:
+    """Composition scores of matrices with these spectra and a random rotation between them, [rotation, sender, reader].
+
+    ||A R B||^2 = sum_ij a_i^2 Z_ij^2 b_j^2, with a and b the singular values and Z a block of the rotation R in their
+    bases, which is distributed as a corner of R whatever the bases are.
+    """
+    return np.sqrt(writing @ corners @ reading.T)

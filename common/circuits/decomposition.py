@@ -1,0 +1,380 @@
+"""Which part of the model makes a score: a score as a sum over query source × key source.
+
+With the scale of every norm frozen at the value that it has in this run, q and k of a head are sums over what each part
+of the model wrote into the residual stream (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
+
+1. Read what each part wrote (`written`). What MLP 0 makes of a token, or of a head of layer 0, counts as theirs.
+2. Read each part as the head does (`split_heads`): through the frozen norm, the head's weights, and rotation.
+3. Multiply query parts with key parts (`decompose`). Softmax ignores a constant added to a row, so the terms are given
+   relative to the other keys that the query could have looked at, too: their sum is the score advantage.
+
+Every sum is compared with what it must add up to; one that does not is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from common import UserError
+from common.attention.call import Edit
+from common.attention.head import Head
+from common.circuits.maps import Bools, Interaction, Rules, largest_allowed
+from common.heads.statistics import Floats, Ints
+from common.loading.families import UNCHANGED, Norm, plain
+from common.loading.model import Model
+
+SUM_ERRORS = 1e-4, 5e-2  # largest relative error of a sum: in float32; in 16 bits, which round after every layer
+FALLBACK_CELLS = 3  # cells decomposed on a row that has no induction cell
+CONTEXTS = 32  # rows over which the mean output of MLP 0 is taken
+
+CellPairs = Sequence[tuple[int, int]]  # (query, key) each
+Seen = dict[tuple[int, str], Floats]  # what a run showed, by layer and point, each [batch, pos, ...]
+POSITIONS = (0, "pos_embed")  # what is added to the embedding for positions, in `Seen`
+
+
+# --- how a head reads the stream ---
+
+
+@dataclass(frozen=True)
+class Side:
+    """How one head makes its query, or its key, of the residual stream: norm, weights, and a norm of its own.
+
+    `weight`: [d_model, d_head]; `bias`: [d_head]; `before`, `after`: the norms around them, None where there is none.
+    """
+
+    before: Norm | None
+    weight: Floats
+    bias: Floats
+    after: Norm | None
+
+    def folded(self) -> Floats:
+        """[d_model, d_head]: the weights with all that is linear in the norms around them."""
+        read = (self.before or UNCHANGED).linear(np.eye(len(self.weight))) @ self.weight
+        return (self.after or UNCHANGED).linear(read)
+
+    def constant(self) -> Floats:
+        """[d_head]: what is read whatever the residual stream holds, before the norm of the head."""
+        offset = (self.before or UNCHANGED).offset
+        return np.broadcast_to(offset, len(self.weight)) @ self.weight + self.bias
+
+    def read(self, stream: Floats) -> Floats:
+        """Query or key [pos, d_head] of a residual stream [pos, d_model], before rotation."""
+        before = self.before.scale(stream) if self.before else 1.0
+        made = (self.before or UNCHANGED).linear(stream) @ self.weight / before + self.constant()
+        return self.after.linear(made) / self.after.scale(made) + self.after.offset if self.after else made
+
+    def read_part(self, part: Floats, typical: Floats) -> Floats:
+        """What a part of the stream [pos, d_model] adds, norms at their mean scale on `typical`; no constant."""
+        made = (self.before or UNCHANGED).linear(part) @ self.weight
+        if self.before:
+            made = made / self.before.scale(typical).mean()
+        if not self.after:
+            return made
+        read = replace(self, after=None).read(typical)
+        return self.after.linear(made) / self.after.scale(read).mean()
+
+    def read_parts(self, stream: Floats, parts: Floats) -> Floats:
+        """Each part [source, pos, d_head] of the query or key, from `parts` read without division or constant.
+
+        `parts` is `linear(written) @ weight` per source; the last source also gets every constant.
+        """
+        parts = parts / (self.before.scale(stream) if self.before else 1.0)
+        parts[-1] += self.constant()
+        if self.after:
+            parts = self.after.linear(parts) / self.after.scale(parts.sum(0))
+            parts[-1] += self.after.offset
+        return parts
+
+
+def sides_of(model: Model, head: Head) -> tuple[Side, Side]:
+    """How a head reads its queries, and its keys.
+
+    Raises UserError for models that norm the queries of all heads at once.
+    """
+    layer = model.parts.layers[head.layer]
+    weights, (query_norm, key_norm) = layer.weights, layer.norms_of_heads()
+    shared = head.head * len(weights.W_K) // model.n_heads
+    made = []
+    for matrices, biases, place, after in (
+        (weights.W_Q, weights.b_Q, head.head, query_norm),
+        (weights.W_K, weights.b_K, shared, key_norm),
+    ):
+        weight = plain(matrices[place])
+        if after and after.gain.shape not in ((1,), weight.shape[1:]):
+            raise UserError(f"{model.name} norms the queries of all heads at once: one head's score is no sum of parts")
+        bias = np.zeros(weight.shape[1]) if biases is None else plain(biases[place])
+        made.append(Side(layer.norm, weight, bias, after))
+    return made[0], made[1]
+
+
+# --- which part of the model wrote what ---
+
+
+def written(model: Model, tokens: Ints, layer: int) -> Iterator[tuple[str, Floats]]:
+    """What each part of the model wrote into the residual stream that `layer` reads, on one row of ids [pos].
+
+    Yields (source, [pos, d_model]), which sum to the stream exactly:
+    `embed`, the token: its embedding (with the model's own scaling or norm of it) and, where `layer` comes after MLP 0,
+    what MLP 0 makes of the token whatever its context (`mean_first_mlp`); `pos_embed`, where positions are added; per
+    earlier layer its heads (`0.1`), those of layer 0 with what MLP 0 makes of them (`through_first_mlp`), and its MLP,
+    `mlp0` being the rest of what MLP 0 wrote; and last `bias`, the output biases of all attention layers. Post-norms
+    are frozen and shared out.
+    Raises UserError where the heads of a layer do not add up to what its attention wrote.
+    """
+    seen = _see_stream(model, tokens[None], layer)
+    token = mean_first_mlp(model, tokens) if layer else 0.0
+    yield "embed", seen[0, "resid_pre"][0] - seen.get(POSITIONS, np.zeros(1))[0] + token
+    if POSITIONS in seen:
+        yield "pos_embed", np.broadcast_to(seen[POSITIONS][0], (len(tokens), model.d_model))
+    constant = np.zeros((len(tokens), model.d_model))
+    for earlier in range(layer):
+        heads, bias = _head_outputs(model, seen, earlier)
+        mlp = _mlp_output(seen, earlier)[0]
+        if earlier == 0:
+            made = through_first_mlp(model, tokens)
+            heads, mlp = heads + made, mlp - token - made.sum(0)
+        yield from ((str(Head.at(earlier, head)), output) for head, output in enumerate(heads))
+        yield f"mlp{earlier}", mlp
+        constant = constant + bias
+    yield "bias", constant
+
+
+def mean_first_mlp(model: Model, tokens: Ints) -> Floats:
+    """What MLP 0 makes of each of the ids [pos] on average over contexts, [pos, d_model].
+
+    Later layers of many models read little of the embedding itself, because MLP 0 rewrites it. Its mean over contexts
+    is the part of its output that depends on the token alone. The contexts are `CONTEXTS` rows, each a random order of
+    the tokens and as many random ordinary ones behind BOS; they are the same for every run.
+    """
+    every, place = np.unique(tokens, return_inverse=True)
+    rows = np.stack([_context(model, every[every != model.bos], row) for row in range(CONTEXTS)])
+    made = _mlp_output(_see_stream(model, rows, 1), 0)
+    return np.stack([made[rows == token].mean(0) for token in every])[place]
+
+
+def through_first_mlp(model: Model, tokens: Ints) -> Floats:
+    """What MLP 0 makes of each head of layer 0, [head, pos, d_model]: its output less its output with that head silent.
+
+    As with the token, later layers may read a head of layer 0 in what MLP 0 made of it. These parts need not add up to
+    what MLP 0 wrote; the rest is the source `mlp0`. Zero where MLP 0 does not see these heads (parallel blocks).
+    """
+    rows = np.repeat(tokens[None], model.n_heads + 1, axis=0)  # one per silent head; the last row is left as it is
+    made = _mlp_output(_see_stream(model, rows, 1, [_silent_in_own_row(head) for head in range(model.n_heads)]), 0)
+    return made[-1] - made[:-1]
+
+
+def _silent_in_own_row(head: int) -> Edit:
+    def silence(output: Tensor, rows: slice) -> Tensor:
+        output = output.clone()
+        output[head] = 0.0
+        return output
+
+    return Edit(Head.at(0, head), "z", silence)
+
+
+def _context(model: Model, tokens: Ints, row: int) -> Ints:
+    """BOS, then the different `tokens` and as many random ones, as far as the context reaches, in random order."""
+    rng = np.random.default_rng([CONTEXTS, row])
+    others = rng.choice(model.ordinary(), size=min(len(tokens), model.context - 1 - len(tokens)))
+    return np.concatenate([[model.bos], rng.permutation(np.concatenate([tokens, others]))])
+
+
+def _see_stream(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = ()) -> Seen:
+    """The residual stream before and within the layers up to `layer`, and what their heads put out."""
+    wanted = {(layer, "resid_pre")}
+    for index in range(layer):
+        # Parallel blocks have no stream between attention and MLP: there the attention's own output is read.
+        middle = "resid_mid" if model.parts.layers[index].sequential else "attn_out"
+        wanted |= {(index, "resid_pre"), (index, middle), (index, "z")}
+    added: list[Tensor] = []
+    positions = model.parts.positions
+    taps = [] if positions is None else [(positions, "output", added.append)]
+    seen = {point: plain(value) for point, value in model.record(tokens, wanted, edits, taps=taps).items()}
+    return {**seen, POSITIONS: plain(added[0])} if added else seen
+
+
+def _attention_output(seen: Seen, layer: int) -> Floats:
+    """[batch, pos, d_model] that the attention of `layer` added to the residual stream."""
+    if (layer, "resid_mid") in seen:
+        return seen[layer, "resid_mid"] - seen[layer, "resid_pre"]
+    return seen[layer, "attn_out"]
+
+
+def _mlp_output(seen: Seen, layer: int) -> Floats:
+    """[batch, pos, d_model] that `layer` added to the residual stream besides its attention."""
+    return seen[layer + 1, "resid_pre"] - seen[layer, "resid_pre"] - _attention_output(seen, layer)
+
+
+def _head_outputs(model: Model, seen: Seen, layer: int) -> tuple[Floats, Floats]:
+    """What each head of `layer` wrote, [head, pos, d_model], and its attention besides, [pos, d_model], in row 0.
+
+    Raises UserError where the two do not add up to what the attention wrote.
+    """
+    weights, behind = model.parts.layers[layer].weights, model.parts.layers[layer].norm_behind
+    heads = np.matmul(seen[layer, "z"][0].swapaxes(0, 1), plain(weights.W_O))
+    bias = np.zeros(heads.shape[1:]) + (0.0 if weights.b_O is None else plain(weights.b_O))
+    if behind:
+        scale = behind.scale(heads.sum(0) + bias)
+        heads, bias = behind.linear(heads) / scale, behind.linear(bias) / scale + behind.offset
+    output = _attention_output(seen, layer)[0]
+    if np.abs(heads.sum(0) + bias - output).max() > largest_allowed(SUM_ERRORS, model.dtype) * np.abs(output).max():
+        raise UserError(f"the heads of layer {layer} of {model.name} do not add up to what its attention writes")
+    return heads, bias
+
+
+# --- a score as a sum ---
+
+
+@dataclass(frozen=True)
+class SplitHead:
+    """q and k of one head on one row, by source, after norm and rotation: each [source, pos, d_head]."""
+
+    sources: tuple[str, ...]
+    q: Floats
+    k: Floats
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The mean score of some cells of one head, by query source (rows) and key source (columns).
+
+    `cells` are (query, key), `kind` says which: induction cells, or those with most attention.
+    `raw`: [source, source], sums to `score`, the mean over the cells of scale · q·k (before soft-cap and position
+    bias). `terms`: the same for `score_advantage`, the mean over the cells of the score minus the mean score of the
+    other keys that the query sees, BOS and the query's other cells left out: what is the same for every key drops out.
+    `error` is the largest error of both sums over the cells, relative to the head's largest score on the row.
+    """
+
+    sources: tuple[str, ...]
+    cells: tuple[tuple[int, int], ...]
+    kind: str
+    raw: Floats
+    terms: Floats
+    score: float
+    score_advantage: float
+    error: float
+
+    def __repr__(self) -> str:
+        size = f"{len(self.sources)} × {len(self.sources)} terms, off by {self.error:.1e} at most"
+        advantage = f"score advantage {self.score_advantage:.2f} on {len(self.cells)} {self.kind}"
+        return f"Decomposition({advantage}; largest {self.top(1)}; {size})"
+
+    def top(self, count: int) -> list[tuple[str, str, float]]:
+        """The `count` terms of largest absolute value, largest first: (query source, key source, part of
+        `score_advantage`)."""
+        order = np.argsort(-np.abs(self.terms), axis=None, kind="stable")[:count]
+        pairs = zip(*np.unravel_index(order, self.terms.shape), strict=True)
+        return [(self.sources[query], self.sources[key], float(self.terms[query, key])) for query, key in pairs]
+
+    def record(self, count: int) -> dict[str, object]:
+        """The numbers as results.json holds them, with the `count` largest terms."""
+        return {
+            "cells": self.cells,
+            "cells_are": self.kind,
+            "score": self.score,
+            "score_advantage": self.score_advantage,
+            "relative_error": self.error,
+            "sources": self.sources,
+            "terms": [{"query": query, "key": key, "value": value} for query, key, value in self.top(count)],
+        }
+
+
+def split_heads(model: Model, tokens: Ints, layer: int, heads: Sequence[int], rules: Rules) -> dict[int, SplitHead]:
+    """q and k of each of the `heads` of `layer` on one row of ids [pos], by source."""
+    sides = {(head, side): one for head in heads for side, one in enumerate(sides_of(model, Head.at(layer, head)))}
+    norm = model.parts.layers[layer].norm or UNCHANGED
+    names: list[str] = []
+    read: dict[tuple[int, int], list[Floats]] = {which: [] for which in sides}
+    stream = np.zeros(())
+    # A source is [pos, d_model] and there may be hundreds: each is read by all heads and let go.
+    for source, output in written(model, tokens, layer):
+        names.append(source)
+        stream = stream + output
+        through = norm.linear(output)
+        for which, into in read.items():
+            into.append(through @ sides[which].weight)
+    made = {which: side.read_parts(stream, np.stack(read[which])) for which, side in sides.items()}
+    if rules.rotation is not None:
+        made = {which: rules.rotation.turn(part) for which, part in made.items()}
+    return {head: SplitHead(tuple(names), made[head, 0], made[head, 1]) for head in heads}
+
+
+def decompose(
+    model: Model, tokens: Ints, interaction: Interaction, heads: Sequence[int], cells: CellPairs
+) -> dict[int, Decomposition]:
+    """The mean score of `cells` (query, key) of each of `heads` on one row of ids [pos], by query source × key source.
+
+    `heads` are numbers within the layer of `interaction`, whose row 0 is `tokens`. Without cells those
+    `FALLBACK_CELLS` with most attention are taken, head by head.
+    Raises UserError where the terms do not sum to the model's own score within 1e-4 relative (float32; 5e-2 in 16
+    bits): then q and k are no linear function of the residual stream that we know of.
+    """
+    split = split_heads(model, tokens, interaction.layer, heads, interaction.rules)
+    allowed = largest_allowed(SUM_ERRORS, model.dtype)
+    found = {}
+    for head in heads:
+        chosen = cells or largest_cells(interaction.pattern[0, head], FALLBACK_CELLS)
+        kind = "induction cells" if cells else "cells with most attention"
+        found[head] = _decomposition(split[head], interaction, head, chosen, kind)
+        if not found[head].error <= allowed:
+            raise UserError(
+                f"the parts of head {Head.at(interaction.layer, head)} of {model.name} do not add up to its score (off "
+                f"by {found[head].error:.2g} of its largest score, allowed {allowed:.2g}): no decomposition of it is "
+                "shown"
+            )
+    return found
+
+
+def _decomposition(split: SplitHead, interaction: Interaction, head: int, cells: CellPairs, kind: str) -> Decomposition:
+    rules, products = interaction.rules, interaction.products[0, head]
+    query, key = (np.array(places, dtype=np.int64) for places in zip(*cells, strict=True))
+    others = _other_keys(rules.visible[0], query, key)
+    against = split.k[:, key] - np.einsum("cp,spd->scd", others, split.k)
+    advantages = score_advantages(products, rules.visible[0], query, key)
+    summed = rules.scale * split.q[:, query].sum(0)
+    off = np.abs([
+        (summed * split.k[:, key].sum(0)).sum(-1) - products[query, key],
+        (summed * against.sum(0)).sum(-1) - advantages,
+    ])  # fmt: skip
+    return Decomposition(
+        sources=split.sources,
+        cells=tuple((int(a), int(b)) for a, b in cells),
+        kind=kind,
+        raw=rules.scale * _mean_products(split.q[:, query], split.k[:, key]),
+        terms=rules.scale * _mean_products(split.q[:, query], against),
+        score=float(products[query, key].mean()),
+        score_advantage=float(advantages.mean()),
+        error=float(off.max() / max(np.abs(products[rules.visible[0]]).max(), np.finfo(float).tiny)),
+    )
+
+
+def score_advantages(products: Floats, visible: Bools, query: Ints, key: Ints) -> Floats:
+    """[cells]: each cell's entry of `products` [query, key], less the mean over the other keys in sight of its query,
+    BOS and the query's other cells left out."""
+    return products[query, key] - (_other_keys(visible, query, key) * products[query]).sum(-1)
+
+
+def _other_keys(visible: Bools, query: Ints, key: Ints) -> Floats:
+    """[cells, pos]: weights that average over the keys a query sees besides BOS and its own cells; 0 if none."""
+    others = visible.copy()
+    others[:, 0] = False
+    others[query, key] = False
+    return others[query] / np.maximum(others[query].sum(-1, keepdims=True), 1.0)
+
+
+def _mean_products(q: Floats, k: Floats) -> Floats:
+    """[source, source]: the mean over cells of q·k, from [source, cell, d_head] each."""
+    return np.tensordot(q, k, axes=([1, 2], [1, 2])) / q.shape[1]
+
+
+def largest_cells(pattern: Floats, count: int) -> list[tuple[int, int]]:
+    """The `count` (query, key) cells with most attention in a pattern [query, key], BOS and first query left out."""
+    candidates = np.where(np.tril(np.ones_like(pattern, dtype=bool)), pattern, -1.0)
+    candidates[:2], candidates[:, 0] = -1.0, -1.0  # BOS takes attention that goes nowhere; query 1 sees little else
+    order = np.argsort(-candidates, axis=None, kind="stable")[:count]
+    cells = zip(*np.unravel_index(order, pattern.shape), strict=True)
+    return [(int(query), int(key)) for query, key in cells if candidates[query, key] >= 0]

@@ -1,0 +1,167 @@
+"""What the weights of a head say by themselves, for the tokens of a text.
+
+1. Token × token: the score that one token as a query gives another as a key, with the embedding that the layer really
+   reads (the embedding and the mean of what MLP 0 makes of it: common/circuits/decomposition.py). On rotary models it
+   depends on the distance between the two, so it is given for chosen distances.
+2. The same through an earlier head: the key holds the output of that head for the token.
+3. Position × position: the part of the scores that positions alone make, where positions are added to the embedding.
+4. Singular directions of W_Q W_K^T: the pairs of directions of the residual stream that the head matches up, each
+   with the tokens of the text that lie along them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.attention.head import Head
+from common.circuits.decomposition import Side, SplitHead, sides_of, split_heads, written
+from common.circuits.maps import Rules, interact
+from common.heads.statistics import Floats, Ints
+from common.loading.families import plain
+
+if TYPE_CHECKING:
+    from common.loading.model import Model
+
+MOST_TOKENS = 24  # different tokens of a text that circuits are shown for: what stays legible
+DIRECTIONS = 3  # singular directions shown of a head
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One singular direction of W_Q W_K^T: a direction of queries matched with one of keys.
+
+    `share`: of the squared Frobenius norm, in [0, 1]; `query`, `key`: [token], how far each token lies along it, in
+    units in which the product query · key is this direction's part of the score.
+    """
+
+    share: float
+    query: Floats
+    key: Floats
+
+    def record(self, tokens: Sequence[str], count: int) -> dict[str, object]:
+        """The share, and the `count` tokens farthest along the direction as queries and as keys, with how far."""
+        found: dict[str, object] = {"share": self.share}
+        for side, along in (("query", self.query), ("key", self.key)):
+            farthest = np.argsort(-np.abs(along), kind="stable")[:count]
+            found[side] = [(tokens[at], float(along[at])) for at in farthest]
+        return found
+
+
+@dataclass(frozen=True)
+class HeadCircuits:
+    """What the weights of one head say about the tokens of one text.
+
+    `tokens`: the different ids of the text, in order; `by_distance`: distance -> token × token scores, for distance 0
+    alone on models without rotation; `composed`: the first of these through the output of the head `sender`;
+    `position`: position × position, where positions are added; `directions`: the strongest ones.
+    """
+
+    head: Head
+    tokens: Ints
+    by_distance: dict[int, Floats]
+    sender: Head | None
+    composed: Floats | None
+    position: Floats | None
+    directions: list[Direction]
+
+    def __repr__(self) -> str:
+        through = f", through {self.sender}" if self.sender else ""
+        far = list(self.by_distance)
+        return f"HeadCircuits(head {self.head}{through}: {len(self.tokens)} tokens at distances {far})"
+
+
+def head_circuits(
+    model: Model, head: Head, sender: Head | None, tokens: Ints, *, distances: Sequence[int]
+) -> HeadCircuits:
+    """The circuits of `head` on one row of ids [pos]; `distances` count on rotary models only.
+
+    Distances that the row is too short for are left out, as is `composed` without a `sender`, a head of an earlier
+    layer. Raises UserError where queries and keys cannot be read (`interact`, `sides_of`).
+    """
+    rules = interact(model, tokens[None], head.layer).rules
+    different = tokens[np.sort(np.unique(tokens, return_index=True)[1])][:MOST_TOKENS]
+    sides, embedded = sides_of(model, head), read_embeddings(model, different, head.layer)
+    far = [distance for distance in distances if distance < len(tokens)] if rules.rotation else [0]
+    return HeadCircuits(
+        head=head,
+        tokens=different,
+        by_distance={distance: token_circuit(sides, embedded, rules, distance) for distance in far},
+        sender=sender,
+        composed=composed_circuit(model, head, sender, different, rules, far[0]) if sender else None,
+        position=position_circuit(split_heads(model, tokens, head.layer, [head.head], rules)[head.head], rules),
+        directions=singular_directions(sides, embedded, rules.scale, DIRECTIONS),
+    )
+
+
+def read_embeddings(model: Model, tokens: Ints, layer: int) -> Floats:
+    """The embedding that `layer` reads of each of the ids [pos], [pos, d_model]."""
+    return next(written(model, tokens, layer))[1]
+
+
+def token_circuit(sides: tuple[Side, Side], embedded: Floats, rules: Rules, distance: int) -> Floats:
+    """[query token, key token]: the scores of one head on embeddings [token, d_model], `distance` positions apart.
+
+    `distance` matters on rotary models only; it must be less than the positions that `rules.rotation` holds.
+    """
+    return _meet(sides[0].read(embedded), sides[1].read(embedded), rules, distance)
+
+
+def _meet(q: Floats, k: Floats, rules: Rules, distance: int) -> Floats:
+    """[query, key]: scaled products of q and k [token, d_head], the queries turned `distance` positions on."""
+    if rules.rotation is not None:
+        q = rules.rotation.turn(q, slice(distance, distance + 1))
+        k = rules.rotation.turn(k, slice(1))
+    return rules.scale * q @ k.T
+
+
+def composed_circuit(model: Model, head: Head, sender: Head, tokens: Ints, rules: Rules, distance: int) -> Floats:
+    """[query token, key token]: the part of the scores of `head` that the output of `sender` for the key token makes.
+
+    The key position holds the output of the earlier head `sender` when it attends to nothing but the token; norms keep
+    the mean scale that they have on the embeddings. An induction head fed by a previous-token head shows a diagonal:
+    a token looks for the place behind its own copy.
+    """
+    sides, embedded = sides_of(model, head), read_embeddings(model, tokens, head.layer)
+    below = model.parts.layers[sender.layer]
+    weights, read = below.weights, read_embeddings(model, tokens, sender.layer)
+    if below.norm:
+        read = below.norm.linear(read) / below.norm.scale(read) + below.norm.offset
+    shared = sender.head * len(weights.W_V) // model.n_heads
+    value = read @ plain(weights.W_V[shared])
+    if weights.b_V is not None:
+        value = value + plain(weights.b_V[shared])
+    k = sides[1].read_part(value @ plain(weights.W_O[sender.head]), embedded)
+    return _meet(sides[0].read(embedded), k, rules, distance)
+
+
+def position_circuit(split: SplitHead, rules: Rules) -> Floats | None:
+    """[query, key]: the part of the scores that added positions alone make; None on models that add none."""
+    if "pos_embed" not in split.sources:
+        return None
+    at = split.sources.index("pos_embed")
+    return rules.scale * split.q[at] @ split.k[at].T
+
+
+def singular_directions(sides: tuple[Side, Side], embedded: Floats, scale: float, count: int) -> list[Direction]:
+    """The `count` strongest directions of W_Q W_K^T, norm weights folded in, with the tokens of [token, d_model] along.
+
+    Each is turned so that the token farthest along it as a query is positive. Rotation is left out.
+    """
+    # The matrix has the rank of a head: its SVD is that of the small core between two orthogonal bases.
+    (left, query_core), (right, key_core) = (np.linalg.qr(side.folded()) for side in sides)
+    inner = np.linalg.svd(query_core @ key_core.T)
+    queries, strengths, keys = left @ inner.U, inner.S, inner.Vh @ right.T
+    norm = sides[0].before
+    scaled = embedded / norm.scale(embedded) if norm else embedded
+    found = []
+    for index in range(min(count, len(strengths))):
+        query, key = scaled @ queries[:, index], scaled @ keys[index]
+        sign = np.sign(query[np.argmax(np.abs(query))])
+        share = float(strengths[index] ** 2 / (strengths**2).sum())
+        root = np.sqrt(scale * strengths[index])
+        found.append(Direction(share, sign * root * query, sign * root * key))
+    return found

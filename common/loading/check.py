@@ -1,0 +1,148 @@
+"""The self-check of a loaded model: what the door shows is its attention, and an edit made there acts and is undone.
+
+1. Every layer of TransformerLens' bridge must show a pattern whose rows sum to 1 and which never attends ahead. All
+   weights and the logits must be finite.
+2. The door's patterns on the same row must be the bridge's. The row is longer than any window or period that the
+   configuration names, as far as memory allows: on a short row a forgotten window shows in no pattern.
+3. An edit of a head's output must reach the projection behind it, and the logits of the run after it must be those of
+   the run before it, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common import UserError
+from common.attention.call import Call, Edit
+from common.attention.head import Head
+from common.loading.model import Model
+
+AGREES, AGREES_HALF = 1e-5, 5e-2  # largest difference between two ways to a pattern, in float32 and in 16 bits
+LEAST_CHECKED = 32  # tokens of the checked row, where no window is named
+BEYOND = 8  # tokens that the row goes on behind the longest window
+MOST_CELLS = 1 << 26  # cells of one layer's whole pattern that the bridge may make: 256 MB in float32
+PERIODS = ("window", "chunk", "local", "period", "stride", "span", "block")  # in the names of what a mask may depend on
+
+
+class _Hooked(Protocol):
+    """What a bridge hands its hooks' functions."""
+
+    name: str
+
+
+def checked(model: Model) -> Model:
+    """The model; `refused` says which of its parts cannot be edited. Raises UserError where the self-check fails."""
+    tokens = _row(model)
+    own = _bridge_patterns(model, tokens)
+    missing = [layer for layer in range(model.n_layers) if layer not in own]
+    if missing:
+        raise UserError(f"'{model.name}' shows no attention pattern in layer {missing[0]}: its heads cannot be scored")
+    for layer, pattern in own.items():
+        if complaint := _complaint(pattern):
+            raise UserError(f"'{model.name}' fails the self-check in layer {layer}: {complaint}")
+    _check_finite(model, tokens)
+    _compare(model, tokens, own)
+    return replace(model, refused=_refused(model, tokens))
+
+
+def _row(model: Model) -> NDArray[np.int64]:
+    """BOS and ordinary tokens, [1, pos]."""
+    longest = max([LEAST_CHECKED - BEYOND, *_periods(model.door.network.config, model.context)])
+    most = int((MOST_CELLS / model.n_heads) ** 0.5)
+    length = min(longest + BEYOND, model.context, most)
+    ordinary = model.ordinary()
+    if not len(ordinary):
+        raise UserError(f"the tokenizer of '{model.name}' has special tokens alone: there is nothing to read")
+    spread = ordinary[np.linspace(0, len(ordinary) - 1, length - 1).astype(int)]
+    return np.concatenate([[model.bos], spread])[None]
+
+
+def _periods(config: object, context: int) -> Iterator[int]:
+    """The windows and periods below the context that a configuration names, those of its parts included."""
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            yield from _periods(value, context)
+        elif any(word in name for word in PERIODS) and type(value) is int and 0 < value < context:
+            yield value
+
+
+def _bridge_patterns(model: Model, tokens: NDArray[np.int64]) -> dict[int, Tensor]:
+    """What TransformerLens shows of each layer, [1, head, query, key]; layers that show nothing are left out."""
+    names = {f"blocks.{layer}.attn.hook_pattern": layer for layer in range(model.n_layers)}
+    found: dict[int, Tensor] = {}
+
+    def keep(pattern: Tensor, hook: _Hooked) -> None:
+        found[names[hook.name]] = pattern.detach()
+
+    hooks = [(name, keep) for name in names if name in model.bridge.hook_dict]
+    with torch.inference_mode(), model.bridge.hooks(fwd_hooks=hooks):
+        model.bridge.original_model(torch.from_numpy(tokens).to(model.device), use_cache=False)
+    return found
+
+
+def _complaint(pattern: Tensor) -> str | None:
+    """What is wrong with a pattern [batch, head, query, key], or None."""
+    values = pattern.double()
+    if not torch.isfinite(values).all():
+        return "the attention pattern holds NaN or infinite values (damaged weights, or a dtype too small)"
+    tolerance = 1e-4 if pattern.dtype == torch.float32 else 2e-2
+    if torch.triu(values, diagonal=1).abs().max() > tolerance:
+        return "queries attend to the future, so this is no causal language model"
+    if (values.sum(-1) - 1).abs().max() > tolerance:
+        return "rows of the attention pattern do not sum to 1"
+    return None
+
+
+def _check_finite(model: Model, tokens: NDArray[np.int64]) -> None:
+    """Raise UserError unless all weights, and the logits of [batch, pos] ids, are finite."""
+    weights = model.door.network.named_parameters()
+    damaged = next((name for name, weight in weights if not torch.isfinite(weight).all()), None)
+    if damaged:
+        raise UserError(f"'{model.name}' fails the self-check: its weights {damaged} are NaN or infinite")
+    if not torch.isfinite(model.logits(tokens)).all():
+        raise UserError(f"'{model.name}' fails the self-check: its logits are NaN or infinite")
+
+
+def _compare(model: Model, tokens: NDArray[np.int64], own: dict[int, Tensor]) -> None:
+    """Raise UserError unless the door shows the bridge's patterns."""
+    allowed = AGREES if own[0].dtype == torch.float32 else AGREES_HALF
+
+    def compare(layer: int, call: Call) -> None:
+        off = float((call.pattern() - own[layer]).abs().max())
+        if not off <= allowed:
+            raise UserError(
+                f"'{model.name}' fails the self-check in layer {layer}: its attention and what TransformerLens shows "
+                f"of it differ by {off:.1e} (allowed {allowed:.0e}), so neither is trusted"
+            )
+
+    model.read(tokens, compare)
+
+
+def _refused(model: Model, tokens: NDArray[np.int64]) -> dict[str, str]:
+    """{"edits": why} where edits do not act or are not undone; else empty."""
+    before = model.logits(tokens)
+    for layer, parts in enumerate(model.parts.layers):
+        read: list[Tensor] = []
+        edit = Edit(Head.at(layer, 0), "z", lambda old, rows: old + 1.0)
+        for edits in ((), (edit,)):
+            tap = (parts.projection, "input", partial(_append, read))
+            model.record(tokens, {(layer, "projected")}, edits, taps=[tap])
+        if torch.equal(*read):
+            return {
+                "edits": f"'{model.name}' does not use what its heads put out in layer {layer}: no intervention acts"
+            }
+    if not torch.equal(model.logits(tokens), before):
+        return {"edits": f"'{model.name}' gives other logits after an edit was taken back: no intervention is trusted"}
+    return {}
+
+
+def _append(read: list[Tensor], value: Tensor) -> None:
+    read.append(value)
