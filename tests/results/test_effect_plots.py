@@ -5,9 +5,9 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from common.interventions.qk_interventions import KINDS, PATHS, THROUGH, WHOLE
 
 from common.interventions.ablation import Ablation
-from common.interventions.qk_interventions import KINDS, PATHS, THROUGH, WHOLE
 from common.results import effect_plots
 
 

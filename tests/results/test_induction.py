@@ -138,8 +138,8 @@ def test_what_cannot_be_analysed_is_a_user_error(mini, options, reason):
 
 
 def effect(**changes):
-    control = {"effect": 0.0, "interval": [0.0, 0.0], "heads": ["0.1"]}
-    return {"name": "mean", "head": "1.0", "metric": "loss", "clean": 1.0, "effect": 2.0, "interval": [1.0, 3.0],
+    control = {"effect": 0.0, "interval": [0.0, 0.0], "heads": [["0.1"]]}
+    return {"name": "mean", "heads": ["1.0"], "metric": "loss", "clean": 1.0, "effect": 2.0, "interval": [1.0, 3.0],
             "rows": 16, "control": control, "note": None, **changes}  # fmt: skip
 
 
@@ -148,7 +148,8 @@ def test_effects_of_an_earlier_run_are_used_again_only_where_they_are_whole():
     assert resumable([effect(control=None, note="none left")], {False: 1})
     assert resumable([effect(), effect(sender="0.1"), effect(sender="0.1", metric="b")], {False: 1, True: 2})
     assert not resumable([effect()], {False: 2}), "half of the metrics"
-    wrong = [{"head": 3}, {"clean": None}, {"effect": "2"}, {"interval": [1.0]}, {"interval": None}, {"control": {}},
+    wrong = [{"heads": 3}, {"heads": "1.0"},
+             {"clean": None}, {"effect": "2"}, {"interval": [1.0]}, {"interval": None}, {"control": {}},
              {"control": 3}, {"note": 3}, {"rows": 1.5}, {"more": 1}, {"metric": []}]  # fmt: skip
     for change in wrong:
         assert not resumable([effect(**change)], {False: 1}), change

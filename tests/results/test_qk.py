@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from common import UserError
-from common.circuits import qk
-from common.interventions import qk_interventions
+from common.circuits import maps
+from common.interventions import experiments
 from common.results import QKAnalysis, analyse_qk
 from common.results import qk as results_qk
 from common.results.qk import choose
@@ -39,7 +39,7 @@ def test_the_table_has_a_row_per_head_of_the_layer(found):
 
 def test_the_interaction_of_a_text_is_kept_or_made_again(found, mini, monkeypatch):
     text = found.texts[0]
-    again = qk.interact(mini, text.ids[None], 1)
+    again = maps.interact(mini, text.ids[None], 1)
     assert found.interaction(text) is text.kept and np.array_equal(text.kept.scores, again.scores)
     monkeypatch.setattr(results_qk, "KEPT", 0)
     bare = analyse_qk(mini, TEXTS[0], batch_size=8, interventions=False)
@@ -83,7 +83,7 @@ def test_a_random_model_and_a_hand_built_one_follow_the_schema(random_gpt2, hand
 
 def test_an_interrupted_analysis_names_what_is_missing_and_goes_on(random_gpt2, monkeypatch):
     options = {"layer": 1, "batch_size": 8, "interventions": True}
-    honest, calls = qk_interventions.Laboratory.measure, []
+    honest, calls = experiments.ExperimentPlan.measure, []
 
     def until_the_tenth(self, intervention, head):
         calls.append(intervention)
@@ -92,7 +92,7 @@ def test_an_interrupted_analysis_names_what_is_missing_and_goes_on(random_gpt2, 
         return honest(self, intervention, head)
 
     with monkeypatch.context() as patched:
-        patched.setattr(qk_interventions.Laboratory, "measure", until_the_tenth)
+        patched.setattr(experiments.ExperimentPlan, "measure", until_the_tenth)
         half = analyse_qk(random_gpt2, "a b c a b c", **options)
     assert half.missing and half.effects
     whole = analyse_qk(random_gpt2, "a b c a b c", **options, earlier=json.loads(json.dumps(half.as_json())))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from matplotlib.patches import Rectangle
-
 from common.circuits.circuits import Composition, Direction, HeadCircuits
 from common.circuits.qk import Check, Decomposition, Interaction, Rules
+from matplotlib.patches import Rectangle
+
 from common.results import qk_plots
 
 TOKENS = ["BOS", "a", "·b", "c", "a", "·b"]
