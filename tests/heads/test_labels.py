@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from common.interventions.causal import LEAST, CausalEffects
 
 from common import UserError
 from common.attention.head import Head
 from common.heads import labels
 from common.heads.labels import Labels
 from common.interventions import causal
-from common.interventions.causal import LEAST, CausalEffects
 
 
 def test_labels_are_read(tmp_path):

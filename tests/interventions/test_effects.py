@@ -8,13 +8,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from common.interventions.bench import Bench, Reads
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.heads import detection, scores
 from common.heads.tokens import TokenBatch, battery, continuing
 from common.interventions import effects, interventions
-from common.interventions.bench import Bench, Reads
 from common.interventions.edits import Recordings, applied
 from common.results import files
 from tests.oracle import Oracle, assert_no_hooks, bridge_logits
