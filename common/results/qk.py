@@ -47,8 +47,8 @@ KEPT = 64_000_000  # bytes of maps kept for figures and export; texts beyond are
 PART_METRICS = 4  # of each part that is replaced: prefix matching and three losses
 
 
-@dataclass(frozen=True)
-class Chosen:
+@dataclass(frozen=True, repr=False)
+class Chosen(Screenful):
     """The layer, its `heads` to show large, the `leading` one of them, those to draw side by side (`grid`), the layer's
     induction heads, and why these."""
 
@@ -60,8 +60,8 @@ class Chosen:
     reason: str
 
 
-@dataclass(frozen=True)
-class LayerHead:
+@dataclass(frozen=True, repr=False)
+class LayerHead(Screenful):
     """One head of the layer: its scores, in [0, 1], and whether it is an induction head."""
 
     layer: int

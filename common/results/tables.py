@@ -51,11 +51,12 @@ Made = TypeVar("Made")
 
 
 class Screenful:
-    """A repr that fits a screen: the lines of `summary`, wrapped and cut."""
+    """A dataclass whose repr fits a screen: the lines of `summary`, wrapped and cut."""
 
     def summary(self) -> Iterable[str]:
         """What was found, a sentence each."""
-        raise NotImplementedError
+        said = (f"{key} {one:.4g}" if isinstance(one, float) else f"{key} {one}" for key, one in vars(self).items())
+        yield f"{type(self).__name__}: {', '.join(said)}"
 
     def __repr__(self) -> str:
         lines = [part for line in self.summary() for part in textwrap.wrap(line, SCREEN_WIDTH, subsequent_indent="  ")]
@@ -111,8 +112,8 @@ class HeadRow(Screenful):
         )
 
 
-@dataclass(frozen=True)
-class HeadOnText:
+@dataclass(frozen=True, repr=False)
+class HeadOnText(Screenful):
     """One head's scores on one text, each in [0, 1]. None: no token of the text repeats, or (interval) too few do."""
 
     layer: int

@@ -97,7 +97,7 @@ def test_as_json_follows_the_schema_and_has_no_argv_without_a_script(found):
 
 
 def test_every_repr_fits_a_screen_and_says_what_was_found(found):
-    for one in (found, found.heads[6], found.texts[0], found.provenance):
+    for one in (found, found.heads[6], found.texts[0], found.texts[0].heads[6], found.provenance):
         fits_a_screen(one)
     assert "2 induction heads: 1.0" in repr(found) and "induction is at work" in repr(found.texts[0])
     assert "head 1.0: induction" in repr(found.heads[6])
