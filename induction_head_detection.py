@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def detect(args: argparse.Namespace) -> None:
     """Find the heads, save what was found, print it."""
     texts = cli.chosen_texts(args, sequences)
-    model = cli.load(args)
+    model = cli.load_model(args)
     from common.results import files, find_induction_heads
 
-    out = cli.output_folder(args, model, PROGRAM)
+    out = cli.output_path(args, model, PROGRAM)
     found = find_induction_heads(
         model, texts, threshold=args.threshold, labels=args.labels, ablate=args.ablate, seed=args.seed,
         batch_size=args.batch_size, earlier=files.prepare(out), progress=cli.progress, hear=cli.hear,

@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def analyse(args: argparse.Namespace) -> None:
     """Analyse the layer, save what was found, print it."""
     texts = cli.chosen_texts(args, sequences)
-    model = cli.load(args)
+    model = cli.load_model(args)
     from common.results import analyse_qk, files
 
-    out = cli.output_folder(args, model, PROGRAM)
+    out = cli.output_path(args, model, PROGRAM)
     found = analyse_qk(
         model, texts, layer if args.layer is None else args.layer, head=args.head, threshold=args.threshold,
         interventions=args.interventions, seed=args.seed, batch_size=args.batch_size, earlier=files.prepare(out),

@@ -74,7 +74,7 @@ def shared_parser(description: str) -> Parser:
     how.add_argument("--seed", type=whole_number, default=0, metavar="N", help="seed of the random rows (default 0)")
     how.add_argument(
         "--batch-size",
-        type=rows_at_once,
+        type=row_count,
         default="auto",
         metavar="auto|ROWS",
         help="rows per forward pass; auto: as many as help and fit into the free memory (default auto)",
@@ -119,7 +119,7 @@ def whole_number(text: str) -> int:
     return number
 
 
-def rows_at_once(text: str) -> int | None:
+def row_count(text: str) -> int | None:
     """`auto` (None: chosen when the model is there) or a number of rows; argparse.ArgumentTypeError otherwise."""
     return None if text == "auto" else positive(text)
 
@@ -174,19 +174,19 @@ def _some(texts: Sequence[str]) -> list[str]:
     return list(texts)
 
 
-def load(args: argparse.Namespace) -> Model:
+def load_model(args: argparse.Namespace) -> Model:
     """The model that `--model` names, said before and after. Raises UserError as loading does."""
     say(f"loading --model {args.model} …")
-    from common.loading.load import load as load_model
+    from common.loading.load import load
 
     options = {"device": args.device, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    model = load_model(args.model, **options, say=say)
+    model = load(args.model, **options, say=say)
     say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
     detail(f"it reads {model.context} tokens, BOS {model.bos} included; fingerprint {model.fingerprint}")
     return model
 
 
-def output_folder(args: argparse.Namespace, model: Model, program: str) -> Path:
+def output_path(args: argparse.Namespace, model: Model, program: str) -> Path:
     """The folder of `--out`, by default outputs/<model>/<script>."""
     return args.out or Path("outputs") / model.name / program
 
@@ -201,7 +201,7 @@ def say(message: str, level: int = logging.INFO) -> None:
     """One line for the person who waits, on stderr; not with --quiet."""
     if LOG.isEnabledFor(level):
         sys.stderr.write(escaped(message) + "\n")
-        sys.stderr.flush()
+        sys.stderr.flush()  # minutes may pass before the next line
 
 
 def warn(message: str) -> None:

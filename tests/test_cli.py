@@ -102,9 +102,9 @@ def test_texts_are_those_of_the_flag_of_the_file_or_of_the_script(tmp_path):
 
 def test_numbers_and_words_are_read_and_others_refused():
     assert cli.number_or("auto")("auto") == "auto" and cli.number_or("auto")("7") == 7
-    assert cli.rows_at_once("auto") is None and cli.rows_at_once("8") == 8
+    assert cli.row_count("auto") is None and cli.row_count("8") == 8
     assert cli.threshold("dynamic") is None and cli.threshold("0.4") == 0.4
-    refused = [(cli.number_or("auto"), "-1"), (cli.number_or("auto"), "x"), (cli.rows_at_once, "0"),
+    refused = [(cli.number_or("auto"), "-1"), (cli.number_or("auto"), "x"), (cli.row_count, "0"),
                (cli.threshold, "1.1"), (cli.threshold, "x"), (cli.whole_number, "9" * 30)]  # fmt: skip
     for read, text in refused:
         with pytest.raises(argparse.ArgumentTypeError):

@@ -41,6 +41,7 @@ class Note(NamedTuple):
     warning: bool = False
 
 
+# A run of minutes says what it leaves out when it does so; a notebook reads it in the result afterwards.
 class Notes(list[Note]):
     """Keeps notes and passes each on at once."""
 
@@ -141,15 +142,15 @@ class Analysis(Screenful, ABC):
     def as_json(self, written: Sequence[str] = (), argv: Sequence[str] = ()) -> dict[str, object]:
         """What results.json holds, by the JSON schema beside this module. `written`: the names of the files beside it;
         `argv`: the command of a script."""
-        command = {"argv": argv} if argv else {}
-        return files.plain({**asdict(self.provenance), **command, **self.content(written), "files": written})
+        command = {"argv": argv} if argv else {}  # from Python there is no command to repeat
+        return files.jsonable({**asdict(self.provenance), **command, **self.content(written), "files": written})
 
     def write(
         self, folder: str | Path, write_more: Callable[[Path], None], pictures: bool, argv: Sequence[str]
     ) -> list[str]:
         """Write results.json, what `write_more` writes and, with `pictures`, PNGs and report.html; the files' names."""
         with files.output_folder(Path(folder)) as staging:
-            write_more(staging)
+            write_more(staging)  # tables first: a full disk is met before minutes of drawing
             if pictures:
                 from common.results import html_report, plots
 
@@ -172,7 +173,7 @@ def encode(model: Model, texts: Sequence[str], notes: Notes) -> list[tuple[str, 
                 f"text {number} has {len(tokens)} tokens with BOS and {model.name} reads at most {model.context}: "
                 "shorten it or split it"
             )
-        if len(tokens) >= 3:
+        if len(tokens) >= 3:  # BOS and two tokens: one cannot come again
             kept.append((text, tokens))
             continue
         few = f"has {len(tokens) - 1} tokens, at least 2 are needed: left out"
@@ -184,6 +185,7 @@ def encode(model: Model, texts: Sequence[str], notes: Notes) -> list[tuple[str, 
 
 def rows_at_once(model: Model, encoded: Sequence[tuple[str, Ints]], asked: int | None) -> int:
     """Rows per forward pass: as asked for, else as many as fit for the longest text and the battery's rows."""
+    # The battery's rows go through the same model, and are often longer than the texts.
     return asked or rows_that_fit(model, max([ROW_LENGTH, *(len(tokens) for _, tokens in encoded)]))
 
 
@@ -192,6 +194,6 @@ def resumable(effects: object, metrics: Mapping[bool, int]) -> bool:
     many as there are `metrics`, where the key says whether it is a path's. People edit files, and disks fill up."""
     if not jsonschema.Draft202012Validator(json.loads(EFFECTS.read_text(encoding="utf-8"))).is_valid(effects):
         return False
-    assert isinstance(effects, list)
+    assert isinstance(effects, list)  # the schema says so; mypy does not know
     found = Counter((one["name"], *one["heads"], one.get("sender")) for one in effects)
     return all(count == metrics[sender is not None] for (*_, sender), count in found.items())

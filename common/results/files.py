@@ -32,7 +32,7 @@ from common import UserError
 RESULTS = "results.json"
 OLD = ".old"  # what the old results.json is called inside `.NAME.ready` while files move
 PROBE = ".writable"
-PATIENCE = 300.0  # seconds to wait for another run that is writing its pictures to the same folder
+LOCK_PATIENCE = 300.0  # seconds to wait for another run that is writing its pictures to the same folder
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def prepare(final: Path) -> dict[str, object]:
     Called before the long work: raises UserError where nothing can be written to `final`.
     """
     with _held(final) as (place, _):
-        return _read(place / RESULTS)
+        return _content_of(place / RESULTS)
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def _held(final: Path) -> Iterator[tuple[Path, str]]:
             name = os.fsencode(place.name)  # names may have 255 bytes, and ours add some
             short = place.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()[:16]
             hidden = f"{_beside(place)}{os.sep}.{short}."
-            held.enter_context(FileLock(f"{hidden}lock", timeout=PATIENCE))
+            held.enter_context(FileLock(f"{hidden}lock", timeout=LOCK_PATIENCE))
             held.callback(_forget, Path(f"{hidden}lock"))
             if Path(f"{hidden}ready", RESULTS).exists():
                 _move(Path(f"{hidden}ready"), place)
@@ -130,12 +130,12 @@ def _move(ready: Path, place: Path) -> None:
 
 def _files(results: Path) -> set[str]:
     """The names that a results.json lists as its `files`; never one that leads out of the folder."""
-    listed = _read(results).get("files")
+    listed = _content_of(results).get("files")
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     return {name for name in names if name == os.path.basename(name) and name not in ("", ".", "..")}
 
 
-def _read(results: Path) -> dict[str, object]:
+def _content_of(results: Path) -> dict[str, object]:
     try:
         content = json.loads(results.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -149,16 +149,16 @@ def _reason(error: Exception) -> str:
 
 
 @overload
-def plain(value: Mapping[str, object]) -> dict[str, object]: ...
+def jsonable(value: Mapping[str, object]) -> dict[str, object]: ...
 @overload
-def plain(value: object) -> object: ...
-def plain(value: object) -> object:
+def jsonable(value: object) -> object: ...
+def jsonable(value: object) -> object:
     """`value` as JSON knows it: dicts, lists, strings, numbers (6 significant digits), booleans. NaN becomes None."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [plain(item) for item in value]
-    if isinstance(value, (bool, np.bool_)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, (bool, np.bool_)):  # before int: a bool is one
         return bool(value)
     if isinstance(value, (int, np.integer)):
         return int(value)
@@ -169,7 +169,9 @@ def plain(value: object) -> object:
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write `content` as JSON; NaN and infinities become null, NumPy values plain ones."""
-    path.write_text(json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(jsonable(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def write_results(folder: Path, content: Callable[[list[str]], Mapping[str, object]]) -> list[str]:
@@ -184,4 +186,4 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: plain(value) for key, value in row.items()} for row in rows)
+        writer.writerows({key: jsonable(value) for key, value in row.items()} for row in rows)

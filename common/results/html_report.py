@@ -29,7 +29,7 @@ import numpy as np
 from common.attention.head import Head
 from common.heads.statistics import Floats
 from common.results import html_figures, plots
-from common.results.files import plain
+from common.results.files import jsonable
 
 FILE = "report.html"
 MOST_TEXTS = 24  # texts in one page
@@ -75,7 +75,7 @@ def induction_page(results: Mapping[str, Any], said: Sequence[str], texts: Itera
 
     `results`: as for results.json; `said`: sentences on the whole; `texts`: with maps of all heads, layer by layer.
     """
-    results = plain(results)
+    results = jsonable(results)
     heads = results["heads"]
     measured = results["ablation"] or {"effects": []}
     figures = {"mosaic": html_figures.mosaic(heads), "effects": html_figures.effects(heads)}
@@ -107,7 +107,7 @@ def qk_page(results: Mapping[str, Any], chosen: int, said: Sequence[str], texts:
 
     `chosen`: the head shown first; `texts`: with maps of all heads of the layer.
     """
-    results = plain(results)
+    results = jsonable(results)
     shown, left_out = affordable(texts, len(results["sequences"]))
     body = [*(_paragraph(sentence) for sentence in said), _chooser(results["heads"]), _text_sections(shown, left_out)]
     return _page(

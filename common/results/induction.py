@@ -130,10 +130,10 @@ class InductionHeads(Analysis):
         ]
 
     def draw(self, names: Sequence[str]) -> Iterator[tuple[str, Figure]]:
-        return ((name, _draw(self, name)) for name in names)
+        return ((name, _induction_figure(self, name)) for name in names)
 
     def page(self) -> str:
-        return _page(self)
+        return _induction_page(self)
 
     def content(self, written: Sequence[str]) -> dict[str, object]:
         return {
@@ -207,11 +207,12 @@ def _ablate(
     progress: Progress, notes: Notes,
 ) -> Ablation | None:  # fmt: skip
     """What the model loses without its induction heads; None where there are none, or where it was left out."""
+    # Without an induction head there is nothing to take away, and no control to match.
     if wanted is False or not measured.found.induction.any():
         return None
     try:
         plan = ablation.AblationPlan(model, measured.found, **options)
-    except UserError as error:
+    except UserError as error:  # the rest of the result is worth having all the same
         notes.warn(f"no ablation: {error}")
         return None
     if wanted is None and (seconds := plan.seconds()) > effects.UNASKED:
@@ -251,6 +252,7 @@ def _heads(measured: Survey, direct: Floats, ablated: Ablation | None) -> tuple[
 
 def _text(model: Model, measured: Survey, number: int, text: str, ids: Ints, on_text: TextScores) -> TextResult:
     """What the heads do on one text; where no token repeats, the induction heads rank as on the battery."""
+    # Where no token repeats there is neither score nor threshold: those columns stay None, not 0.
     columns: dict[str, NDArray[np.generic]] = {kind: on_text.scores.mean(kind) for kind in HEAD_TYPES}
     attention, found = on_text.attention, measured.found
     order = by_score(attention.score if attention else found.score)
@@ -272,7 +274,7 @@ def _text(model: Model, measured: Survey, number: int, text: str, ids: Ints, on_
 # --- pictures: the only calls of the plot modules here ---
 
 
-def _draw(found: InductionHeads, figure: str) -> Figure:
+def _induction_figure(found: InductionHeads, figure: str) -> Figure:
     """One of `found.figures`."""
     from common.results import effect_plots, plots
 
@@ -314,7 +316,7 @@ def _attention_figure(found: InductionHeads, text: TextResult) -> Figure:
     return plots.attention_grid(list(zip(titles, shown, strict=True)), text.tokens, text.scores.cells, title)
 
 
-def _page(found: InductionHeads) -> str:
+def _induction_page(found: InductionHeads) -> str:
     from common.results import html_report
 
     def on_page() -> Iterator[html_report.TextMaps]:
@@ -322,6 +324,7 @@ def _page(found: InductionHeads) -> str:
             cells, tokens = text.scores.cells, text.tokens
             places = html_report.drawn_places(len(tokens), cells)
             maps = every_pattern(found.model, text.ids, places).reshape(-1, len(places), len(places))
+            # One text at a time: the page stops asking when it is full, and patterns of all heads are large.
             yield html_report.TextMaps(text.text, tokens, text.sentence(), cells, places, {"pattern": maps})
 
     return html_report.induction_page(

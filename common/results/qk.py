@@ -205,10 +205,10 @@ class QKAnalysis(Analysis):
         return [f"{stem}_{text.number:02d}" for stem in stems]
 
     def draw(self, names: Sequence[str]) -> Iterator[tuple[str, Figure]]:
-        return _draw(self, names)
+        return _qk_figures(self, names)
 
     def page(self) -> str:
-        return _page(self)
+        return _qk_page(self)
 
     def interaction(self, text: LayerOnText) -> Interaction:
         """Queries, keys, scores and patterns of every head of the layer on one text."""
@@ -309,7 +309,7 @@ def analyse_qk(
 def choose(found: Detection, layer: int | str, head: int | str, *, drawn: int = GRID) -> Chosen:
     """The layer of the strongest induction head ("auto"), or the one asked for; where it has none, the head closest to
     one. Of the layer the strongest head ("auto"), "all", or the one asked for; at most `drawn` side by side."""
-    by_rank = by_score(found.score)
+    by_rank = by_score(found.score)  # of heads with equal scores the earlier comes first
     induction = [place for place in by_rank if found.induction[place]]
     order = [place for place in [*induction, *by_rank] if layer in ("auto", place[0])]
     at, strongest = order[0]
@@ -333,10 +333,11 @@ def _look(
     split: dict[int, Decomposition | str]
     try:
         split = {**decompose(model, ids, met, chosen.heads, cells)}
-    except UserError as error:
+    except UserError as error:  # the maps were checked and stay good without a decomposition
         notes.warn(str(error))
         split = {head: str(error) for head in chosen.heads}
     removed = experiments.removals(model, ids, met, split) if remove else {}
+    # Text by text: a thousand long texts must not fill the memory.
     kept = met if _size(met) <= room else None
     return LayerOnText(number, text, tuple(model.strings(ids)), ids, cells, met.check, split, removed, kept)
 
@@ -384,6 +385,7 @@ def _intervene(
     if isinstance(before, dict) and resumable(earlier.get("interventions"), metrics):
         before = {**before, "effects": earlier.get("interventions")}
     done = experiments.run_experiments(plan, before, progress)
+    # Many kinds of paths are refused for one and the same reason, which is said once.
     for reason in sorted(set(done.refused.values())):
         notes.warn(reason)
     return done
@@ -392,7 +394,7 @@ def _intervene(
 # --- pictures: the only calls of the plot modules here ---
 
 
-def _draw(found: QKAnalysis, names: Sequence[str]) -> Iterator[tuple[str, Figure]]:
+def _qk_figures(found: QKAnalysis, names: Sequence[str]) -> Iterator[tuple[str, Figure]]:
     """The figures of these names; others that today's functions draw with them are closed."""
     import matplotlib.pyplot as plt
 
@@ -421,7 +423,7 @@ def _drawn_together(found: QKAnalysis, names: Sequence[str]) -> Iterator[tuple[s
         yield from effect_plots.intervention_figures([dict(one) for one in found.effects], model.name)
 
 
-def _page(found: QKAnalysis) -> str:
+def _qk_page(found: QKAnalysis) -> str:
     from common.results import html_qk, html_report
 
     on_page = (

@@ -108,7 +108,7 @@ class HeadRow(Screenful):
     def summary(self) -> Iterable[str]:
         yield (
             f"head {self.name}: {self.verdict} (confidence {self.confidence:.2f}), prefix matching "
-            f"{self.prefix_matching:.2f} (threshold {self.threshold:.2f}), total effect {signed(self.total_effect)}"
+            f"{self.prefix_matching:.2f} (threshold {self.threshold:.2f}), total effect {with_sign(self.total_effect)}"
         )
 
 
@@ -162,7 +162,7 @@ def shortened(text: str, most: int = 70) -> str:
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
-def signed(value: float | None) -> str:
+def with_sign(value: float | None) -> str:
     """A number with its sign; a dash where it was not measured."""
     return "–" if value is None or np.isnan(value) else f"{value:+.2f}"
 
@@ -179,9 +179,9 @@ def head_lines(heads: Sequence[HeadRow]) -> list[list[str]]:
             f"{head.verdict} {head.confidence:.2f}",
             f"{head.prefix_matching:.2f}",
             f"{head.threshold:.2f}",
-            signed(head.total_effect),
-            signed(head.direct_effect),
-            signed(head.copying),
+            with_sign(head.total_effect),
+            with_sign(head.direct_effect),
+            with_sign(head.copying),
             " ".join(f"{100 * getattr(head, f'budget_{part}'):3.0f}" for part in BUDGET),
         ]
         for head in shown[:MOST_PRINTED]
@@ -219,6 +219,7 @@ def other_heads(heads: Sequence[HeadRow]) -> str:
     """A sentence on the heads that the table leaves out."""
     counts = Counter(head.verdict for head in heads)
     further = sum(counts[verdict] for verdict in ON_TARGETS) - MOST_PRINTED
+    # What the table left out for length is said, or a reader takes the table for all.
     parts = [f"{further} further such heads (heads.csv)"] if further > 0 else []
     for verdict in ("previous-token", "duplicate-token", "first-token"):
         if named := [head.name for head in heads if head.verdict == verdict]:
@@ -233,7 +234,7 @@ def text_sentence(number: int, queries: int, at_work: Sequence[tuple[str, float]
 
     `at_work`: the induction heads whose prefix matching on the text reaches their threshold there, with their score.
     """
-    if not queries:
+    if not queries:  # not "no induction": there was nothing to do
         return f"Text {number}: no token comes again, so there is nothing for induction to do."
     rests_on = f"{queries} {'query' if queries == 1 else 'queries'} with a target"
     rests_on += ", which is few" if queries < FEW else ""
@@ -308,6 +309,7 @@ def path_sentence(effects: Sequence[PathEffect]) -> str | None:
     """How much of what the most needed earlier head does to the receiver's prefix matching goes by which path; None
     where no path was measured or no earlier head matters."""
     paths = [one for one in effects if one.get("sender") and one["metric"] == "prefix_matching"]
+    # Only heads whose ablation lowers the score: a share of an effect near 0 says nothing.
     whole = [one for one in paths if one["name"] == "whole sender" and one["effect"] < 0]
     if not whole:
         return None
@@ -335,5 +337,5 @@ def _with_interval(one: PathEffect) -> str:
 
 def _change(value: float) -> str:
     """Two digits and a sign, but none for what is 0.00."""
-    text = f"{value:+.2f}"
+    text = f"{value:+.2f}"  # -0.00 would look like an effect
     return text if float(text) else "0.00"

@@ -160,7 +160,7 @@ def test_an_effect_is_the_mean_change_beside_that_of_its_controls():
     assert 2.0 <= found.interval[0] <= 2.5 <= found.interval[1] <= 3.0
     assert found.control["effect"] == pytest.approx(0.5)
     assert found.control["heads"] == ["0.1", "0.2"]
-    assert json.loads(json.dumps(files.plain(found.plain())))["control"]["heads"] == ["0.1", "0.2"]
+    assert json.loads(json.dumps(files.jsonable(found.plain())))["control"]["heads"] == ["0.1", "0.2"]
 
 
 # --- the bundled model ---

@@ -83,7 +83,7 @@ def test_a_full_disk_is_one_line(tmp_path):
 
 def test_a_file_in_the_way_and_a_folder_that_cannot_be_written_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(files, "PATIENCE", 0.0)
+    monkeypatch.setattr(files, "LOCK_PATIENCE", 0.0)
     for final in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing"), Path("a\0b")):
         with pytest.raises(UserError, match="cannot write to .*; choose another folder with --out"):
             files.prepare(final)
@@ -139,11 +139,11 @@ def test_a_result_that_lists_files_elsewhere_deletes_none_of_them(tmp_path):
 
 
 def test_two_runs_do_not_write_at_the_same_time_and_it_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PATIENCE", 0.0)
+    monkeypatch.setattr(files, "LOCK_PATIENCE", 0.0)
     final = tmp_path / "out"
     with files.output_folder(final) as alive:
         (alive / "a.png").write_text("slow")
-        code = f"from common.results import files\nfiles.PATIENCE = 0.0\nfiles.prepare(files.Path({str(final)!r}))"
+        code = f"from common.results import files\nfiles.LOCK_PATIENCE = 0.0\nfiles.prepare(files.Path({str(final)!r}))"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert "another run is writing to" in done.stderr
         files.write_results(alive, lambda written: {"files": written})
@@ -238,4 +238,4 @@ def test_killed_before_any_change_of_a_file_the_folder_holds_one_whole_result_or
 
 def test_json_holds_plain_values_alone():
     content = {"a": np.float32(1 / 3), 2: [np.int64(3), math.nan, math.inf], "c": (np.True_, None), "d": np.eye(2)}
-    assert files.plain(content) == {"a": 0.333333, "2": [3, None, None], "c": [True, None], "d": [[1, 0], [0, 1]]}
+    assert files.jsonable(content) == {"a": 0.333333, "2": [3, None, None], "c": [True, None], "d": [[1, 0], [0, 1]]}

@@ -162,7 +162,7 @@ def test_batteries_are_drawn_or_refused(vocabulary, length, seed, rows):
 @cases(150)
 @given(JSON | st.dictionaries(st.integers(), st.floats()) | st.lists(st.floats()).map(np.array))
 def test_anything_becomes_json_without_nan(value):
-    text = json.dumps(files.plain({"value": value}), allow_nan=False)
+    text = json.dumps(files.jsonable({"value": value}), allow_nan=False)
     assert "NaN" not in text and "Infinity" not in text
 
 
