@@ -25,7 +25,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from common import UserError
-from common.loading.escapes import escaped
 
 if TYPE_CHECKING:
     from common.loading.model import Model
@@ -41,7 +40,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line on stderr, with exit code 2."""
 
     def error(self, message: str) -> Never:
-        self.exit(2, f"{self.prog}: {escaped(message)}{self._nearest(message)} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: {_legible(message)}{self._nearest(message)} (--help lists the options)\n")
 
     def _nearest(self, message: str) -> str:
         """`; did you mean --…?` where the complaint is of a flag that nearly exists."""
@@ -197,10 +196,17 @@ def say_missing(missing: Sequence[str]) -> None:
         raise KeyboardInterrupt(f"not measured: {', '.join(missing)}; the rest is written, run again to go on")
 
 
+def _legible(text: str, keep: str = "") -> str:
+    # Imported here because common.loading imports torch, which `--help` must not wait for.
+    from common.loading.escapes import escaped
+
+    return escaped(text, keep=keep)
+
+
 def say(message: str, level: int = logging.INFO) -> None:
     """One line for the person who waits, on stderr; not with --quiet."""
     if LOG.isEnabledFor(level):
-        sys.stderr.write(escaped(message) + "\n")
+        sys.stderr.write(_legible(message) + "\n")
         sys.stderr.flush()  # minutes may pass before the next line
 
 
@@ -221,7 +227,7 @@ def hear(note: Note) -> None:
 
 def tell(message: str) -> None:
     """A line of the result, on stdout."""
-    sys.stdout.write(escaped(message, keep="\n") + "\n")
+    sys.stdout.write(_legible(message, keep="\n") + "\n")
 
 
 @contextmanager
@@ -238,11 +244,12 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout, at most `WIDTH` columns wide; numbers are right-aligned."""
-    table = Table(title=escaped(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.title = _legible(title)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(escaped(cell) for cell in row))
+        table.add_row(*(_legible(cell) for cell in row))
     width = None if sys.stdout.isatty() else WIDTH
     Console(width=width, highlight=False, markup=False, emoji=False).print(table)
 
@@ -285,5 +292,5 @@ def _check_values(args: argparse.Namespace) -> None:
 def _failed(program: str, message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"{program}: {escaped(' '.join(message.split()))}\n")
+    sys.stderr.write(f"{program}: {_legible(' '.join(message.split()))}\n")
     return 2

@@ -74,7 +74,7 @@ def test_results_follow_the_contract(results):
                 "layer", "heads", "composition", "decomposition", "directions"):  # fmt: skip
         assert key in results
     for effect in results["interventions"]:
-        assert set(effect) >= {"name", "head", "metric", "clean", "effect", "interval", "rows", "control"}
+        assert set(effect) >= {"name", "heads", "metric", "clean", "effect", "interval", "rows", "control"}
         assert effect["interval"][0] <= effect["effect"] <= effect["interval"][1] and effect["rows"] == 16
     assert results["experiments"]["missing"] == [] and results["experiments"]["refused"] == {}
     assert [entry["text"] for entry in results["sequences"]] == script.sequences
@@ -276,7 +276,7 @@ def test_other_architectures_run_pictures_and_all(name, tmp_path, tokenizer):
 
 
 def test_a_map_that_is_not_the_models_stops_the_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(maps, "_within", lambda call: 2.0)
+    monkeypatch.setattr(maps.Rules, "scores", lambda self, products: 2 * products)
     assert run("--model", "mini", "--out", str(tmp_path / "o"), *QUICK) == 2
     assert "is not reproduced" in one_line(capsys)
     assert not (tmp_path / "o").exists()
