@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sklearn.metrics import precision_recall_curve
 
 from common.attention.head import Head
 from common.heads.detection import LEAST_EFFECT, Detection, by_score
-from common.heads.labels import Labels
 from common.heads.metrics import agreement
 from common.heads.statistics import Floats
 from common.results import spec
 from common.results.spec import BLUE, MARK, Axis, Entry, Figure, Heatmap, Marks, Outline, Panel, Rule, Scale
+
+if TYPE_CHECKING:
+    from common.heads.labels import Labels
 
 Row = Mapping[str, Any]  # of a table in results.json: numbers, words, intervals by column
 Places = Sequence[tuple[int, int]]  # (query, key)

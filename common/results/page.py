@@ -22,20 +22,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.attention.head import Head
 from common.heads.statistics import Floats
-from common.results.figures_circuits import MOST_ZOOMED, decomposition_figure
-from common.results.figures_heads import UNITS, Places, Row, drawn_places, map_panel, name_of, number, numbers, side_of
+from common.results.figures_heads import UNITS, Places, Row, map_panel, name_of, number, numbers, side_of
+from common.results.files import jsonable
 from common.results.plotly_figures import Drawn, label, plotly
-from common.results.report import plain
 from common.results.spec import Figure
-
-if TYPE_CHECKING:  # what loads torch
-    from common.circuits.qk import Decomposition, Interaction
 
 FILE = "report.html"
 MOST_TEXTS = 24  # texts in one page
@@ -105,28 +100,9 @@ def qk_page(
     return _page(results, f"Layer {results['layer']} of", [*map(_paragraph, said)], figures, head, texts)
 
 
-def qk_text(
-    met: Interaction, split: Mapping[int, Decomposition | str], text: str, tokens: Sequence[str], cells: Places
-) -> TextMaps:
-    """Scores and patterns of every head of the layer, [head, place, place], and the decompositions of `split`."""
-    places = drawn_places(len(tokens), cells)
-    rows, columns = np.ix_(places, places)
-    visible = met.rules.visible[0][rows, columns]
-    maps = {kind: np.where(visible, values[0][:, rows, columns], np.nan)
-            for kind, values in (("scores", met.scores), ("pattern", met.pattern))}  # fmt: skip
-    figures, said = [], "No decomposition."
-    for head, found in split.items():
-        if isinstance(found, str):
-            said = found
-            continue
-        name, (query, key, value) = str(Head.at(met.layer, head)), found.top(1)[0]
-        said = (
-            f"Head {name} on its {found.kind} ({len(found.cells)}): the score advantage over the other tokens in sight "
-            f"is {found.score_advantage:.2f} on average; the largest part, {value:.2f}, is {query} as a query meeting {key} as a "
-            "key."
-        )
-        figures.append(decomposition_figure(found, f"What the scores of head {name} are made of", tokens, MOST_ZOOMED))
-    return TextMaps(text, tokens, said, cells, places, maps, figures)
+def takes(name: str) -> bool:
+    """Whether a figure of this name is shown on the page."""
+    return name.split("_")[0] in ("mosaic", *SECTIONS)
 
 
 def save(page: str, folder: Path) -> None:
@@ -185,7 +161,7 @@ def _page(
 ) -> str:  # fmt: skip
     from plotly.offline import get_plotlyjs  # 5 MB, read only where a page is written
 
-    results = plain(results)
+    results = jsonable(results)
     heads, (shown, left_out) = results["heads"], affordable(texts, len(results["sequences"]))
     parts = {start: [name for name in figures if name.split("_")[0] == start] for start in ("mosaic", *SECTIONS)}
     below = [

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from common.heads.direct import direct_logit_effect
+from common.interventions.bench import Bench, Reads
+from common.interventions.interventions import forbid
 
 from common.heads import attribution
-from common.heads.direct import direct_logit_effect
 from common.heads.tokens import TokenBatch, battery, continuing
-from common.interventions.bench import Bench, Reads
 from common.interventions.edits import Recordings
-from common.interventions.interventions import forbid
 from tests.handbuilt import COPY, Role
 
 ROLES = {

@@ -24,6 +24,7 @@ from common.attention import batching, trunk
 from common.heads import scores
 from common.heads.tokens import Cells, TokenBatch
 from common.loading import models
+from common.results import analysis
 from tests.conftest import ROOT
 
 ARCHITECTURES = ("gpt2", "llama", "neox")
@@ -259,8 +260,8 @@ def test_auto_is_filled_in_for_the_longest_rows_and_a_number_stays(random_gpt2):
     parser = cli.shared_parser("")
     for arguments, length, rows in (([], 3, 16), ([], 1000, 2), (["--batch-size", "3"], 3, 3)):
         args = parser.parse_args(arguments)
-        cli.choose_batch_size(args, random_gpt2, [("text", np.zeros(length, dtype=np.int64))])
-        assert args.batch_size == rows
+        encoded = [("text", np.zeros(length, dtype=np.int64))]
+        assert analysis.rows_at_once(random_gpt2, encoded, args.batch_size) == rows
 
 
 # --- memory ---

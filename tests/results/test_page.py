@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import induction_head_detection
 import qk_circuit_analysis
-from common.circuits import decomposition, maps
+from common.circuits import maps
 from common.heads import scores
 from common.heads.detection import Detection
 from common.results import figures_heads, page, plotly_figures

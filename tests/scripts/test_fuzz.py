@@ -28,7 +28,7 @@ import qk_circuit_analysis as analysis
 from common import UserError, cli
 from common.heads import labels, texts, tokens
 from common.loading import escapes, models
-from common.results import draw, folders, report
+from common.results import draw, files
 from tests.conftest import roughen, save_random_gpt2
 
 ANY = settings(suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate))
@@ -162,7 +162,7 @@ def test_batteries_are_drawn_or_refused(vocabulary, length, seed, rows):
 @cases(150)
 @given(JSON | st.dictionaries(st.integers(), st.floats()) | st.lists(st.floats()).map(np.array))
 def test_anything_becomes_json_without_nan(value):
-    text = json.dumps(report.plain({"value": value}), allow_nan=False)
+    text = json.dumps(files.jsonable({"value": value}), allow_nan=False)
     assert "NaN" not in text and "Infinity" not in text
 
 
@@ -176,7 +176,7 @@ def scratch(tmp_path_factory):
 def test_any_output_folder_is_written_or_refused_and_stays_inside(scratch, name):
     name = name.replace("/", "|") if name not in (".", "..") else "x"
     try:
-        with folders.output_folder(scratch / name) as folder:
+        with files.output_folder(scratch / name) as folder:
             (folder / "results.json").write_text("{}")
     except UserError as error:
         assert "cannot write to" in str(error)
