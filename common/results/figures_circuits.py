@@ -119,8 +119,8 @@ def _decomposed(found: Decomposition, tokens: Sequence[str]) -> str:
     query, key = found.cells[0]
     return (
         f"Mean over {len(found.cells)} {found.kind}, the first {tokens[query]} looking at {tokens[key]} "
-        f"(tokens {query} and {key}).\nThe score advantage, {found.score_advantage:.2f}, is the score less the mean score "
-        f"of the other\ntokens in sight; its parts sum to it (error {found.error:.0e}).\n"
+        f"(tokens {query} and {key}).\nThe score advantage, {found.score_advantage:.2f}, is the score less the mean "
+        f"score of the other\ntokens in sight; its parts sum to it (error {found.error:.0e}).\n"
         "embed: the token, with what MLP 0 makes of it in any context; heads of layer 0: with what MLP 0 makes of\n"
         "them; mlp0: the rest of MLP 0. Framed: the largest."
     )

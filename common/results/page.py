@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import cast
 
 import numpy as np
 
@@ -161,7 +162,7 @@ def _page(
 ) -> str:  # fmt: skip
     from plotly.offline import get_plotlyjs  # 5 MB, read only where a page is written
 
-    results = jsonable(results)
+    results = cast(Row, jsonable(results))
     heads, (shown, left_out) = results["heads"], affordable(texts, len(results["sequences"]))
     parts = {start: [name for name in figures if name.split("_")[0] == start] for start in ("mosaic", *SECTIONS)}
     below = [
