@@ -116,7 +116,7 @@ class Door:
         except (ValueError, AttributeError, TypeError, KeyError) as error:
             reason = str(error)
         # transformers only logs a warning for families such as XLNet, and goes on with their own attention.
-        if getattr(self.network.config, "_attn_implementation", None) != IMPLEMENTATION:
+        if getattr(getattr(self.network, "config", None), "_attn_implementation", None) != IMPLEMENTATION:
             raise UserError(
                 f"the attention of {name} cannot be read or edited: transformers does not let it be exchanged "
                 f"({reason})"
