@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common.interventions.bench import Bench, Reads
+from common.interventions.interventions import check_values, without_cells
 
 import induction_head_detection as script
 from common.heads import attribution
 from common.heads.tokens import TokenBatch, battery, continuing
-from common.interventions.bench import Bench, Reads
 from common.interventions.edits import Edit, Intervention, Recordings
-from common.interventions.interventions import check_values, without_cells
 from common.loading import models
 from tests import architectures
 from tests.heads.test_attribution import centred_logit
