@@ -27,7 +27,6 @@ from transformers import (
 from common.heads.tokens import Battery, battery
 from common.loading import Model, load
 from common.loading.find import MINI
-from tests.oracle import Oracle
 
 torch.set_num_threads(1)  # the models are tiny: two threads wait for each other longer than they work
 settings.register_profile("project", deadline=None, derandomize=True)  # timing never decides a test
@@ -59,15 +58,15 @@ def hand_built(tmp_path_factory, tokenizer):
 
     @functools.cache
     def of_seed(seed: int):
-        return opened(handbuilt.build(seed, vocabulary=len(tokenizer)))
+        return loaded(handbuilt.build(seed, vocabulary=len(tokenizer)))
 
-    def opened(built):
+    def loaded(built):
         return built, load(str(handbuilt.save(built, tmp_path_factory.mktemp("handbuilt"), tokenizer)))
 
     def make(what):
         if isinstance(what, int):
             return of_seed(what)
-        return opened(handbuilt.assemble(what, vocabulary=len(tokenizer), seed=0))
+        return loaded(handbuilt.assemble(what, vocabulary=len(tokenizer), seed=0))
 
     return make
 
@@ -104,7 +103,10 @@ def loaded(folders) -> dict[str, Model]:
 
 
 @pytest.fixture(scope="session")
-def oracles(folders) -> dict[str, Oracle]:
+def oracles(folders):
+    """An `Oracle` of each of the folders' models."""
+    from tests.oracle import Oracle
+
     return {name: Oracle(folder) for name, folder in folders.items()}
 
 

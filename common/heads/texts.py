@@ -22,8 +22,8 @@ from common.heads.tokens import TokenBatch, text_controls
 if TYPE_CHECKING:
     from common.loading.model import Model
 
-CONTROL_ROWS = 32
-FEW = 5
+CONTROL_ROWS = 32  # as many as a lot of the battery has
+FEW = 5  # a bootstrap of fewer values gives an interval that is too narrow
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from common.heads.statistics import Ints
 HEAD_TYPES = ("prefix_matching", "previous_token", "duplicate_token", "first_token", "current_token")
 BUDGET = ("targets", "previous", "self", "duplicates", "bos", "other")
 ROW_LENGTH = 128  # tokens of a battery row, BOS included; less where the context is shorter
-SHORTEST_ROW = 8  # BOS, a segment of two tokens twice, and some room for a gap
+SHORTEST = 8  # BOS, a segment of two tokens twice, and some room for a gap
 
 
 @dataclass(frozen=True)
@@ -199,10 +199,8 @@ def battery(ordinary: Ints, bos: int, *, rows: int, length: int, seed: int, firs
     Row r depends on (seed, r) alone, so more rows can be drawn later.
     Raises UserError if a row is too short to hold a segment twice, or if there are fewer than two ordinary tokens.
     """
-    if length < SHORTEST_ROW:
-        raise UserError(
-            f"a row of {length} tokens is too short for a repeat: the model must read at least {SHORTEST_ROW}"
-        )
+    if length < SHORTEST:
+        raise UserError(f"a row of {length} tokens is too short for a repeat: the model must read at least {SHORTEST}")
     if len(ordinary) < 2:
         raise UserError("the vocabulary has fewer than two ordinary tokens: there is nothing to repeat")
     pairs = [_battery_row(np.random.default_rng([seed, first + row]), ordinary, bos, length) for row in range(rows)]

@@ -219,6 +219,12 @@ class Effect(TypedDict):
     note: str | None
 
 
+class PathEffect(Effect, total=False):
+    """An effect; that of a path also names its `sender`."""
+
+    sender: str
+
+
 def with_interval(values: Floats, *, seed: int = 0) -> tuple[float, tuple[float, float]]:
     """Mean of [rows] values and its 95 % bootstrap interval. Rows that are NaN are left out; NaN throughout where none
     is left."""
