@@ -73,6 +73,11 @@ def test_rows_at_once_follow_the_free_memory(random_gpt2, monkeypatch):
     assert batches.free_memory(torch.device("cpu")) > 1 << 20
 
 
+def test_short_rows_go_together_and_long_ones_by_few(random_gpt2, monkeypatch):
+    monkeypatch.setattr(batches, "free_memory", lambda device: 10**15)
+    assert [batches.batch_size(random_gpt2, length) for length in (128, 1000, 5000)] == [16, 2, 1]
+
+
 def test_a_longer_row_needs_more_than_in_proportion(random_gpt2):
     """Its backward pass keeps patterns, which grow with the square of the length."""
     short, long = (batches.bytes_per_row(random_gpt2, length) for length in (64, 640))
