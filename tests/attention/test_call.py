@@ -56,6 +56,7 @@ KINDS = {
     "a window per head": (per_head(), {}),
     "padding": (padded(), {"causal": False}),
     "bias and window": (windowed(), {"bias": numbers(1, HEADS, LENGTH, LENGTH, seed=3), "scale": 0.4}),
+    "softcap and bias": (None, {"softcap": 0.7, "bias": numbers(1, HEADS, LENGTH, LENGTH, seed=3)}),
     "softcap, window and sinks": (windowed(), {"softcap": 0.9, "sinks": numbers(HEADS, seed=5)}),
 }
 
