@@ -106,9 +106,9 @@ class Door:
         shared = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
         self.network = copy.deepcopy(network, shared).eval()
         self._names = {module: name for name, module in self.network.named_modules()}
-        self._two_stacks = bool(getattr(self.network.config, "is_encoder_decoder", False))
         if not lead_to(self.network, attend):
             self._exchange(type(network).__name__)
+        self._two_stacks = bool(getattr(self.network.config, "is_encoder_decoder", False))
 
     def _exchange(self, name: str) -> None:
         reason = "it computes attention inside its own modules"
