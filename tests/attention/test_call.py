@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from common.attention import call as call_module
 from common.attention.call import POINTS, Call, Edit
@@ -68,7 +68,7 @@ def made(kind: str = "causal", *, size: float = 1.5, edits=()) -> Call:
     mask, options = KINDS[kind]
     q = numbers(BATCH, HEADS, LENGTH, WIDTH, seed=10, size=size)
     k, v = (numbers(BATCH, KEY_HEADS, LENGTH, WIDTH, seed=seed, size=size) for seed in (11, 12))
-    call = Call(SimpleNamespace(is_causal=True), q, k, v, mask, **options)
+    call = Call(torch.nn.Identity(), q, k, v, mask, **options)
     if edits:
         call.under(edits, slice(0, BATCH))
     return call
@@ -299,3 +299,33 @@ def test_due_to_cells_that_hold_nearly_all_attention():
 def test_due_to_disregards_edits():
     edit = Edit(Head.at(0, 2), "q", lambda old, rows: torch.zeros_like(old))
     assert torch.equal(made(edits=[edit]).due_to(*cells_of(CELLS)), made().due_to(*cells_of(CELLS)))
+
+
+# --- shapes ---
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        {"k": numbers(BATCH, KEY_HEADS, LENGTH, WIDTH + 1)},
+        {"v": numbers(BATCH + 1, KEY_HEADS, LENGTH, WIDTH)},
+        {"q": numbers(HEADS, LENGTH, WIDTH)},
+        {"q": numbers(BATCH, HEADS, LENGTH, WIDTH).long()},
+        {"mask": windowed(LENGTH + 1)},
+        {"bias": numbers(1, HEADS + 1, LENGTH, LENGTH)},
+        {"sinks": numbers(HEADS + 1)},
+    ],
+    ids=lambda spoil: next(iter(spoil)),
+)
+def test_shapes_that_do_not_fit_are_an_error_in_tests(spoil):
+    call = made()
+    given = {"q": call.q, "k": call.k, "v": call.v, "mask": None}
+    assert Call(call.module, **given).output.shape == (BATCH, LENGTH, HEADS, WIDTH)
+    with pytest.raises(TypeCheckError):
+        Call(call.module, **(given | spoil))
+
+
+def test_an_edit_that_returns_another_shape_is_an_error_in_tests():
+    call = made(edits=[Edit(Head.at(0, 2), "q", lambda old, rows: old[0])])
+    with pytest.raises(TypeCheckError):
+        call.query_of(2)
