@@ -14,23 +14,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from common import UserError, cli
-from common.results import report
+from common import cli
 
-if TYPE_CHECKING:  # what loads torch, scikit-learn or matplotlib is imported where it is used: --help stays quick
-    from common.heads.labels import Labels
-    from common.heads.metrics import Metrics
-    from common.heads.statistics import Floats, Ints
-    from common.heads.survey import Survey
-    from common.heads.texts import TextScores
-    from common.interventions.ablation import Ablation
-    from common.loading.models import Model
+if TYPE_CHECKING:  # what loads torch is imported where it is used: --help stays quick
+    from common.results import InductionHeads
 
 # Edit me: the texts to look at.
 sequences = [
@@ -41,7 +31,6 @@ sequences = [
 ]
 
 PROGRAM = "induction_head_detection"
-HEADS_DRAWN = 4  # heads drawn per text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,185 +47,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         action=argparse.BooleanOptionalAction,
         help="take the induction heads away and measure what the model loses (default: where it takes under a minute)",
     )
-    return cli.run(find_induction_heads, parser.parse_args(argv), PROGRAM)
+    return cli.run(detect, parser.parse_args(argv), PROGRAM)
 
 
-def find_induction_heads(args: argparse.Namespace) -> None:
-    """Load, score and decide, evaluate, look at the texts, report."""
-    started = time.monotonic()
+def detect(args: argparse.Namespace) -> None:
+    """Find the heads, save what was found, print it."""
     texts = cli.chosen_texts(args, sequences)
-    from common.heads.survey import copying, survey
-    from common.heads.texts import score_text
+    model = cli.load_model(args)
+    from common.results import files, find_induction_heads
+
+    out = cli.output_path(args, model, PROGRAM)
+    found = find_induction_heads(
+        model, texts, threshold=args.threshold, labels=args.labels, ablate=args.ablate, seed=args.seed,
+        batch_size=args.batch_size, earlier=files.prepare(out), progress=cli.progress, hear=cli.hear,
+    )  # fmt: skip
+    written = found.save(out, pictures=not args.no_plots, argv=sys.argv)
+    print_summary(found)
+    cli.tell(f"Written to {out}: {', '.join(written)}")
+    cli.say_missing(found.missing)
+
+
+def print_summary(found: InductionHeads) -> None:
+    """The heads that attend to their targets, then what was found in sentences."""
     from common.results import tables
 
-    model = cli.load(args)
-    encoded = cli.encode(model, texts)
-    cli.choose_batch_size(args, model, encoded)
-    labels = choose_labels(model, args)
-    out = args.out or Path("outputs") / model.name / PROGRAM
-    options = {"seed": args.seed, "batch_size": args.batch_size, "threshold": args.threshold}
-    with report.output_folder(out) as folder:
-        measured = survey(model, **options, progress=report.progress)
-        quality = evaluate(measured, labels)
-        if measured.evidence.no_direct_path:
-            report.warn(f"no direct effect and no copying: {measured.evidence.no_direct_path}")
-        heads = tables.head_rows(measured, copying(model, measured))
-        ablated = ablate(model, measured, args, out)
-        tables.add_ablation(heads, ablated)
-        on_texts = [(text, tokens, score_text(model, tokens, **options)) for text, tokens in encoded]
-        report.write_csv(folder / "heads.csv", heads)
-        if not args.no_plots:
-            draw(folder, model, measured, labels, on_texts)
-            draw_effects(folder, model, measured, heads, ablated)
-        results = {
-            **report.provenance(args, model, started),
-            "rows": measured.rows,
-            "row_length": measured.length,
-            "heads": heads,
-            "induction_heads": [str(head) for head in measured.found.ranked()],
-            "no_direct_path": measured.evidence.no_direct_path,
-            "ablation": ablated.plain() if ablated else None,
-            "metrics": vars(quality) if quality else None,
-            "sequences": [
-                tables.text_entry(measured.found, text, model.strings(tokens), on_text)
-                for text, tokens, on_text in on_texts
-            ],
-        }
-        if not args.no_plots:
-            write_page(folder, model, results, ablated, on_texts)
-        results["files"] = sorted([*(path.name for path in folder.iterdir()), "results.json"])
-        report.write_json(folder / "results.json", results)
-    print_summary(results, measured, quality, ablated, out)
-    if ablated:
-        cli.say_missing(ablated.missing)
-
-
-def choose_labels(model: Model, args: argparse.Namespace) -> Labels | None:
-    """What to evaluate against, if anything; read before the long work, so that a wrong file is said at once."""
-    from common.heads import labels
-    from common.interventions import causal
-
-    measure = partial(causal.measure, model, batch_size=args.batch_size, seed=args.seed, progress=report.progress)
-    return labels.choose_labels(args.labels, model, lambda: measure().labels())
-
-
-def evaluate(measured: Survey, labels: Labels | None) -> Metrics | None:
-    """Agreement of the verdicts with the labels, if there are any."""
-    from common.heads import metrics
-
-    found = measured.found
-    return metrics.evaluate(found.induction, found.score, found.resampled, labels) if labels else None
-
-
-def ablate(model: Model, measured: Survey, args: argparse.Namespace, out: Path) -> Ablation | None:
-    """What the model loses without its induction heads; None where there are none, or where it was left out."""
-    from common.interventions import ablation
-
-    if args.ablate is False or not measured.found.ranked():
-        return None
-    try:
-        laboratory = ablation.Laboratory(model, measured.found, seed=args.seed, batch_size=args.batch_size)
-    except UserError as error:
-        report.warn(f"no ablation: {error}")
-        return None
-    if args.ablate is None and (seconds := laboratory.seconds()) > ablation.PATIENCE:
-        report.say(f"ablation left out: it would take about {seconds / 60:.0f} minutes; --ablate does it")
-        return None
-    ablated = ablation.ablate(laboratory, report.earlier_results(out).get("ablation"), report.progress)
-    for kind, why in ablated.impossible.items():
-        report.warn(f"no ablation by '{kind}': {why}")
-    return ablated
-
-
-def draw(folder: Path, model: Model, measured: Survey, labels: Labels | None, on_texts: Sequence[Any]) -> None:
-    """The mosaic, every head against its threshold, the attention budgets, and the strongest heads on each text."""
-    from common.results import plots
-
-    found = measured.found
-    plots.save(plots.mosaic_figure(found, f"Induction heads of {model.name}"), folder / "mosaic.png")
-    plots.save(
-        plots.threshold_figure(found, f"{model.name}: each head against its own threshold"), folder / "thresholds.png"
-    )
-    budget = measured.evidence.repeats.budget()
-    plots.save(plots.budget_figure(found, budget, f"{model.name}: where attention goes"), folder / "budget.png")
-    if labels and labels.heads:
-        figure = plots.precision_recall_figure(found, labels, f"{model.name}: detection against labels")
-        plots.save(figure, folder / "precision_recall.png")
-    for number, (text, tokens, on_text) in enumerate(on_texts, start=1):
-        title = f"{model.name} on text {number}: {cli.shortened(text)}"
-        panels = text_panels(model, measured, tokens, on_text)
-        figure = plots.attention_grid(panels, model.strings(tokens), on_text.cells, title)
-        plots.save(figure, folder / f"attention_{number:02d}.png")
-
-
-def draw_effects(
-    folder: Path, model: Model, measured: Survey, heads: Sequence[dict[str, Any]], ablated: Ablation | None
-) -> None:
-    """Score against effect for every head, and what the model loses without its induction heads."""
-    from common.results import effect_plots, plots
-
-    figure = effect_plots.scatter_figure(heads, f"{model.name}: looking like induction, and doing it")
-    plots.save(figure, folder / "effects.png")
-    if ablated and ablated.effects:
-        figure = effect_plots.ablation_figure(ablated, f"{model.name}: without its induction heads")
-        plots.save(figure, folder / "ablation.png")
-
-
-def write_page(
-    folder: Path, model: Model, results: dict[str, Any], ablated: Ablation | None, on_texts: Sequence[Any]
-) -> None:
-    """The pictures on one page, report.html, with every number on hovering and the patterns of every head."""
-    from common.heads import scores
-    from common.results import html_report, tables
-
-    def on_page(number: int, text: str, tokens: Ints, on_text: TextScores) -> html_report.TextMaps:
-        said = tables.text_line(number, results["sequences"][number - 1])
-        places = html_report.drawn_places(len(tokens), on_text.cells)
-        pattern = scores.every_pattern(model, tokens, places).reshape(-1, len(places), len(places))
-        return html_report.TextMaps(text, model.strings(tokens), said, on_text.cells, places, {"pattern": pattern})
-
-    said = [tables.verdict_sentence(results["heads"], ablated)]
-    texts = (on_page(number, *one) for number, one in enumerate(on_texts, start=1))
-    html_report.save(html_report.induction_page(results, said, texts), folder)
-
-
-def text_panels(model: Model, measured: Survey, tokens: Ints, on_text: TextScores) -> list[tuple[str, Floats]]:
-    """What to draw of a text, as (title, pattern): its strongest induction heads, and the mean over a layer's heads."""
-    from common.attention.head import Head
-    from common.heads import scores
-    from common.results import tables
-
-    strongest = tables.ranked_on(measured.found, on_text)[:HEADS_DRAWN]
-    layer = strongest[0][0] if strongest else model.n_layers - 1
-    titles = []
-    for head in strongest:
-        said = "no token repeats here"
-        if on_text.attention:
-            score, threshold = on_text.attention.score[head], on_text.attention.threshold[head]
-            said = f"prefix matching {score:.2f} (threshold {threshold:.2f})"
-        titles.append(f"head {Head.at(*head)}, {said}")
-    titles.append(f"layer {layer}, mean over its {model.n_heads} heads")
-    return list(zip(titles, scores.patterns(model, tokens, [*strongest, (layer, None)]), strict=True))
-
-
-def print_summary(
-    results: dict[str, Any], measured: Survey, quality: Metrics | None, ablated: Ablation | None, out: Path
-) -> None:
-    """The heads that attend to their targets, what happens on the texts, agreement with labels, where the files are."""
-    from common.results import tables
-
-    heads = results["heads"]
-    title = f"Heads of {results['model']['name']} that attend to the tokens after earlier copies"
-    report.print_table(title, tables.HEAD_COLUMNS, tables.head_lines(heads))
-    report.tell(tables.verdict_sentence(heads, ablated))
-    report.tell(tables.other_heads(heads))
-    if uncertain := tables.unsure(measured):
-        report.tell(uncertain)
-    for number, entry in enumerate(results["sequences"], start=1):
-        report.tell(tables.text_line(number, entry))
-    if quality:
-        report.tell(f"Agreement with labels: {quality.sentence()}.\nLabels: {quality.labels}.")
-    report.tell(f"Written to {out}: {', '.join(results['files'])}")
+    title = f"Heads of {found.model.name} that attend to the tokens after earlier copies"
+    cli.print_table(title, tables.HEAD_COLUMNS, tables.head_lines(found.heads))
+    for sentence in found.sentences():
+        cli.tell(sentence)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from common.heads.tokens import SHORTEST
 from common.interventions.causal_labels import measure_causal_effects
 from common.loading import Model, load
 from common.loading.find import MINI
-from common.results import report
+from common.results import files
 from tests import handbuilt
 
 if TYPE_CHECKING:
@@ -115,11 +115,11 @@ def benchmark(args: argparse.Namespace) -> None:
             raise UserError(f"--lengths {length}: hand-built models need rows of {SHORTEST} to {handbuilt.CONTEXT - 1}")
     judged: list[Judged] = []
     total = args.models + args.random + len(BEFORE) + len(FORMING) + 1
-    with report.output_folder(args.out) as folder:
+    with files.output_folder(args.out) as folder:
         for number, (subject, model) in enumerate(subjects(args.models, args.random), start=1):
             for length in args.lengths:
                 judged += judge(subject, model, length, seed=FIRST_SEED + number)
-            report.say(f"{number}/{total} {subject.name}, {time.monotonic() - started:.0f} s")
+            cli.say(f"{number}/{total} {subject.name}, {time.monotonic() - started:.0f} s")
         summaries = summarise(judged)
         results = {
             "argv": sys.argv,
@@ -129,7 +129,7 @@ def benchmark(args: argparse.Namespace) -> None:
             "decisions": [each.entry() for each in judged],
             "files": ["results.json"],
         }
-        report.write_json(folder / "results.json", results)
+        files.write_json(folder / "results.json", results)
     print_summary(summaries)
     print_forming(judged)
     print(f"Every decision: {args.out / 'results.json'}")
@@ -380,7 +380,7 @@ def print_summary(summaries: Sequence[Summary]) -> None:
         ]
         for entry in summaries
     ]
-    report.print_table("Finding induction heads: precision, recall, F1 on hand-built models", columns, rows)
+    cli.print_table("Finding induction heads: precision, recall, F1 on hand-built models", columns, rows)
     print(
         f"{', '.join(map(str, lengths))}: F1 at that row length. pool: F1 of all decisions together.\n"
         "targ: F1 for heads that attend to the targets, whatever they write. mini: F1 on the bundled model.\n"
@@ -397,7 +397,7 @@ def print_forming(judged: Sequence[Judged]) -> None:
         for each in ours_there
     ]
     columns = ["checkpoint", "row length", f"found ({OURS})", "by intervention"]
-    report.print_table("While induction forms (not counted above)", columns, rows)
+    cli.print_table("While induction forms (not counted above)", columns, rows)
 
 
 def heads_of(said: Bools) -> set[Head]:

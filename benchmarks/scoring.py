@@ -50,7 +50,7 @@ from common.heads.statistics import Floats, Ints
 from common.heads.tokens import HEAD_TYPES, TokenBatch, battery
 from common.loading import Model, load
 from common.loading.find import MINI
-from common.results import report
+from common.results import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,10 +113,10 @@ def benchmark(args: argparse.Namespace) -> None:
     repeats, wanted = (1, QUICK) if args.quick else (args.repeats, POINTS)
     measured: list[Point] = []
     deviations: dict[str, dict[str, float]] = {}
-    with report.output_folder(args.out) as folder, subjects(quick=args.quick) as named:
+    with files.output_folder(args.out) as folder, subjects(quick=args.quick) as named:
         for model, path in named.items():
             for device in devices:
-                report.say(f"{model} on {device}, {time.monotonic() - started:.0f} s")
+                cli.say(f"{model} on {device}, {time.monotonic() - started:.0f} s")
                 with workers(path, device) as ways:
                     measured += timed(ways, model, device, points(wanted, path), repeats)
                     deviations[f"{model} on {device}"] = deviation(ways, max(QUICK) if args.quick else REFERENCE)
@@ -132,7 +132,7 @@ def benchmark(args: argparse.Namespace) -> None:
             "files": ["results.json", "scoring.png"],
         }
         draw(measured, folder / "scoring.png")
-        report.write_json(folder / "results.json", results)
+        files.write_json(folder / "results.json", results)
     print_results(asked, deviations, measured)
     print(f"Every timing: {args.out / 'results.json'}; drawn: {args.out / 'scoring.png'}")
 
@@ -429,9 +429,9 @@ def print_results(
         print_ratios(model, measured)
     if asked:
         rows = [[t["what"], f"{t['value']:.2f}", t["wanted"], "yes" if t["met"] else "NO"] for t in asked]
-        report.print_table("Targets, on the model of GPT-2 small's size", ["what", "measured", "wanted", "met"], rows)
+        cli.print_table("Targets, on the model of GPT-2 small's size", ["what", "measured", "wanted", "met"], rows)
     rows = [[where, f"{by['largest']:.4f}", f"{by['mean']:.4f}"] for where, by in deviations.items()]
-    report.print_table("Scores in bfloat16 against float32 (scores lie in [0, 1])", ["model", "largest", "mean"], rows)
+    cli.print_table("Scores in bfloat16 against float32 (scores lie in [0, 1])", ["model", "largest", "mean"], rows)
 
 
 def print_ways(model: str, measured: Sequence[Point]) -> None:
@@ -451,7 +451,7 @@ def print_ways(model: str, measured: Sequence[Point]) -> None:
             f"{1000 * gpu.seconds:.1f}" if gpu else "-", f"{gpu.peak / MEBIBYTE:.0f}" if gpu else "-",
         ])  # fmt: skip
     columns = ["way", "seconds", "CPU s", "x base", "peak MiB", "x base", "GPU ms", "GPU MiB"]
-    report.print_table(f"{model}: {tokens[0]} rows of {tokens[1]} tokens, controls included", columns, rows)
+    cli.print_table(f"{model}: {tokens[0]} rows of {tokens[1]} tokens, controls included", columns, rows)
 
 
 def print_ratios(model: str, measured: Sequence[Point]) -> None:
@@ -463,17 +463,17 @@ def print_ratios(model: str, measured: Sequence[Point]) -> None:
         for way in WAYS
     ]
     columns = ["way", *(f"{rows} x {length}" for rows, length in places)]
-    report.print_table(f"{model}: seconds, by rows x tokens", columns, rows)
+    cli.print_table(f"{model}: seconds, by rows x tokens", columns, rows)
 
 
 def draw(measured: Sequence[Point], path: Path) -> None:
     """Time and peak memory on a CPU against the length of a row, and against the number of rows."""
-    from common.results import plots
+    import matplotlib.pyplot as plt
 
     model = measured[0].model
     here = [point for point in measured if (point.model, point.device) == (model, "cpu")]
     fewest, usual = min(point.rows for point in here), max(point.length for point in here if point.rows > 1)
-    figure, axes = plots.plt.subplots(2, 2, figsize=(10, 7), sharex="col", layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex="col", layout="constrained")
     for column, (across, kept, value) in enumerate((("length", "rows", fewest), ("rows", "length", usual))):
         lines = [point for point in here if getattr(point, kept) == value]
         draw_lines(axes[0, column], lines, across, lambda point: point.seconds)
@@ -489,7 +489,8 @@ def draw(measured: Sequence[Point], path: Path) -> None:
     axes[1, 1].set_xlabel("rows, controls included")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle(f"Scoring all heads of a model: {model}, CPU")
-    plots.save(figure, path)
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
 
 
 def draw_lines(axes: Axes, lines: Sequence[Point], across: str, value: Callable[[Point], float]) -> None:

@@ -1,6 +1,7 @@
-"""What both scripts do at the terminal: flags, texts to analyse, exit codes.
+"""What both scripts do at the terminal: flags, texts to analyse, exit codes, and all that is printed.
 
-Imports nothing heavy, so that `--help` answers at once.
+Results go to stdout (`tell`, `print_table`), everything else to stderr (`say`, `warn`, `detail`, `progress`). Imports
+nothing heavy, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -13,18 +14,25 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Never
+from typing import TYPE_CHECKING, NoReturn
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from common import UserError
 from common.loading.escapes import escaped
-from common.results import report
 
 if TYPE_CHECKING:
-    from common.heads.statistics import Ints
-    from common.loading.models import Model
+    from common.loading.model import Model
+    from common.results.analysis import Note
 
+LOG = logging.getLogger("induction_heads")  # its level is what --quiet and --verbose set
+WIDTH = 100  # columns of a table where stdout is no terminal
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")  # as torch says it
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
@@ -32,8 +40,8 @@ INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line on stderr, with exit code 2."""
 
-    def error(self, message: str) -> Never:
-        self.exit(2, f"{self.prog}: {escaped(message)}{self._nearest(message)} (--help lists the options)\n")
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {_legible(message)}{self._nearest(message)} (--help lists the options)\n")
 
     def _nearest(self, message: str) -> str:
         """`; did you mean --…?` where the complaint is of a flag that nearly exists."""
@@ -66,7 +74,7 @@ def shared_parser(description: str) -> Parser:
     how.add_argument("--seed", type=whole_number, default=0, metavar="N", help="seed of the random rows (default 0)")
     how.add_argument(
         "--batch-size",
-        type=rows_at_once,
+        type=row_count,
         default="auto",
         metavar="auto|ROWS",
         help="rows per forward pass; auto: as many as help and fit into the free memory (default auto)",
@@ -111,7 +119,7 @@ def whole_number(text: str) -> int:
     return number
 
 
-def rows_at_once(text: str) -> int | None:
+def row_count(text: str) -> int | None:
     """`auto` (None: chosen when the model is there) or a number of rows; argparse.ArgumentTypeError otherwise."""
     return None if text == "auto" else positive(text)
 
@@ -145,71 +153,42 @@ def threshold(text: str) -> float | None:
 def chosen_texts(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
     """The texts of `--text` or `--sequences-file`, else the script's own list.
 
-    Raises UserError for a file that is missing or not UTF-8.
+    Raises UserError for a file that is missing or not UTF-8, and where there is no text.
     """
     if args.text is not None:
         return list(args.text)
     if args.sequences_file is None:
-        return list(default)
+        return _some(default)
     try:
         lines = args.sequences_file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{args.sequences_file} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"cannot read {args.sequences_file}: {error.strerror}") from None
-    return [line for line in lines if line.strip()]
+    return _some([line for line in lines if line.strip()])
 
 
-def load(args: argparse.Namespace) -> Model:
-    """The model that `--model` names, said before and after. Raises UserError as `models.load` does."""
-    report.say(f"loading --model {args.model} …")
-    from common.loading import models
+def _some(texts: Sequence[str]) -> list[str]:
+    if not texts:
+        raise UserError("no text to analyse: give at least one text of two tokens or more")
+    return list(texts)
+
+
+def load_model(args: argparse.Namespace) -> Model:
+    """The model that `--model` names, said before and after. Raises UserError as loading does."""
+    say(f"loading --model {args.model} …")
+    from common.loading.loader import load
 
     options = {"device": args.device, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    model = models.load(args.model, **options, say=report.say)
-    report.say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
-    report.detail(f"it reads {model.context} tokens, BOS {model.bos} included; fingerprint {model.fingerprint}")
+    model = load(args.model, **options, say=say)
+    say(f"model: {model.name} ({model.source}), {model.n_layers} layers of {model.n_heads} heads")
+    detail(f"it reads {model.context} tokens, BOS {model.bos} included; fingerprint {model.fingerprint}")
     return model
 
 
-def encode(model: Model, texts: Sequence[str]) -> list[tuple[str, Ints]]:
-    """Each text with its ids. Texts of fewer than two tokens are left out with a warning.
-
-    Raises UserError where a text is longer than the context, or where no text is left.
-    """
-    kept = []
-    for number, text in enumerate(texts, start=1):
-        tokens = model.encode(text)
-        if len(tokens) > model.context:
-            raise UserError(
-                f"text {number} has {len(tokens)} tokens with BOS and {model.name} reads at most {model.context}: "
-                "shorten it or split it"
-            )
-        if len(tokens) < 3:
-            report.warn(
-                f"text {number} ({shortened(text)!r}) has {len(tokens) - 1} tokens, at least 2 are needed: left out"
-            )
-            continue
-        kept.append((text, tokens))
-    if not kept:
-        raise UserError("no text to analyse: give at least one text of two tokens or more")
-    return kept
-
-
-def choose_batch_size(args: argparse.Namespace, model: Model, encoded: Sequence[tuple[str, Ints]]) -> None:
-    """Fill in `--batch-size auto`, for the longest of the texts and of the battery's rows."""
-    from common.attention import batching
-    from common.heads.tokens import ROW_LENGTH
-
-    if args.batch_size is None:
-        longest = max(ROW_LENGTH, *(len(tokens) for _, tokens in encoded))
-        args.batch_size = batching.batch_size(model, longest)
-
-
-def shortened(text: str, most: int = 70) -> str:
-    """A text on one line, at most `most` characters of it, for a title."""
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "…"
+def output_path(args: argparse.Namespace, model: Model, program: str) -> Path:
+    """The folder of `--out`, by default outputs/<model>/<script>."""
+    return args.out or Path("outputs") / model.name / program
 
 
 def say_missing(missing: Sequence[str]) -> None:
@@ -218,12 +197,68 @@ def say_missing(missing: Sequence[str]) -> None:
         raise KeyboardInterrupt(f"not measured: {', '.join(missing)}; the rest is written, run again to go on")
 
 
+def _legible(text: str, keep: str = "") -> str:
+
+    return escaped(text, keep=keep)
+
+
+def say(message: str, level: int = logging.INFO) -> None:
+    """One line for the person who waits, on stderr; not with --quiet."""
+    if LOG.isEnabledFor(level):
+        sys.stderr.write(_legible(message) + "\n")
+        sys.stderr.flush()  # minutes may pass before the next line
+
+
+def warn(message: str) -> None:
+    """One line on stderr that the results need to be read with; with --quiet too."""
+    say(f"warning: {message}", logging.WARNING)
+
+
+def detail(message: str) -> None:
+    """One line on stderr with --verbose."""
+    say(message, logging.DEBUG)
+
+
+def hear(note: Note) -> None:
+    """Pass on what an analysis notes on its way."""
+    (warn if note.warning else say)(note.text)
+
+
+def tell(message: str) -> None:
+    """A line of the result, on stdout."""
+    sys.stdout.write(_legible(message, keep="\n") + "\n")
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with the time left; yields advance(count). Drawn only where stderr is a terminal, and not with
+    --quiet."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left"))
+    console = Console(stderr=True)
+    shown = console.is_terminal and LOG.isEnabledFor(logging.INFO)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.update(task, advance=count)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout, at most `WIDTH` columns wide; numbers are right-aligned."""
+    table = Table(title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.title = _legible(title)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(_legible(cell) for cell in row))
+    width = None if sys.stdout.isatty() else WIDTH
+    Console(width=width, highlight=False, markup=False, emoji=False).print(table)
+
+
 def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, program: str) -> int:
     """Do the work; 0, or the exit code of what went wrong after one line on stderr."""
     if args.debug:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("common").setLevel(logging.INFO)
-    report.LOG.setLevel(getattr(args, "level", logging.INFO))  # the benchmarks have no such flag
+    LOG.setLevel(getattr(args, "level", logging.INFO))  # the benchmarks have no such flag
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows few characters gets escapes for the others
             stream.reconfigure(errors="backslashreplace")
@@ -235,7 +270,7 @@ def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, pr
     except UserError as error:
         return _failed(program, str(error), args.debug)
     except KeyboardInterrupt as stop:
-        sys.stderr.write(f"{program}: stopped; {stop or 'nothing was written'}\n")
+        sys.stderr.write(f"{program}: stopped; {str(stop) or 'nothing was written'}\n")
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the table has read enough; the files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -256,5 +291,5 @@ def _check_values(args: argparse.Namespace) -> None:
 def _failed(program: str, message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"{program}: {escaped(' '.join(message.split()))}\n")
+    sys.stderr.write(f"{program}: {_legible(' '.join(message.split()))}\n")
     return 2

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.attention.head import Head
 from common.heads import scores
 from common.heads.statistics import Ints
 from common.heads.survey import survey
@@ -22,9 +23,10 @@ from common.heads.tokens import TokenBatch
 from common.interventions import effects
 from common.interventions.edits import knockout
 from common.loading import Model, load
-from common.results import plots
+from common.results import draw as drawing
+from common.results import figures_heads
 
-Places = Sequence[tuple[int, int]]  # (layer, head) of some heads
+Heads = Sequence[Head]
 
 DRAWN = 2  # heads in the picture
 
@@ -32,11 +34,11 @@ DRAWN = 2  # heads in the picture
 def main() -> None:
     args = arguments()
     model = load(args.model)
-    found = [head.place for head in survey(model, seed=args.seed, batch_size=8).found.ranked()]
-    print(f"Induction heads: {effects.names(found) or 'none'}")
-    ways = {"with all heads": (), "without the induction heads": found}
+    found = survey(model, seed=args.seed, batch_size=8).found.ranked()
+    print(f"Induction heads: {' '.join(effects.names(found)) or 'none'}")
+    ways: dict[str, Heads] = {"with all heads": (), "without the induction heads": found}
     if found and (others := effects.layer_matched(found, model.n_heads, count=1, seed=args.seed)):
-        ways[f"without {effects.names(others[0])}, for comparison"] = others[0]
+        ways[f"without {' '.join(effects.names(others[0]))}, for comparison"] = others[0]
     for number, text in enumerate(args.text):
         tokens = model.encode(text)
         print(f"\n{text}")
@@ -56,23 +58,24 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def grow(model: Model, tokens: Ints, count: int, without: Places) -> Ints:
+def grow(model: Model, tokens: Ints, count: int, without: Heads) -> Ints:
     """The `count` likeliest next ids, the heads `without` kept from their induction cells."""
     if not without:
         return effects.continuation(model, tokens, count)
     return effects.continuation(model, tokens, count, lambda row: knockout(without, row.cells["prefix_matching"]))
 
 
-def draw(model: Model, tokens: Ints, count: int, heads: Places, text: str, path: Path) -> None:
+def draw(model: Model, tokens: Ints, count: int, heads: Heads, text: str, path: Path) -> None:
     """The patterns of some heads on a text and what the model adds to it."""
     grown = np.concatenate([tokens, effects.continuation(model, tokens, count)])
     cells = TokenBatch.of([grown], pad=model.bos).cells["prefix_matching"]
-    titles = [f"head {effects.names([head])}" for head in heads]
-    panels = list(zip(titles, scores.patterns(model, grown, heads), strict=True))
+    titles = [f"head {head}" for head in heads]
+    panels = list(zip(titles, scores.patterns(model, grown, [head.place for head in heads]), strict=True))
     places = list(zip(cells.query.tolist(), cells.key.tolist(), strict=True))
-    figure = plots.attention_grid(panels, model.strings(grown), places, f"{model.name}: {text} [+ {count} tokens]")
+    title = f"{model.name}: {text} [+ {count} tokens]"
+    figure = figures_heads.token_figure("pattern", panels, model.strings(grown), places, title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    plots.save(figure, path)
+    drawing.save(figure, path)
 
 
 if __name__ == "__main__":

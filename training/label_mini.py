@@ -12,10 +12,10 @@ import argparse
 import json
 from pathlib import Path
 
+from common import cli
 from common.interventions.causal_labels import measure_causal_effects
 from common.loading import load
 from common.loading.find import MINI
-from common.results import report
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini", help="mini or a folder (default mini)")
     parser.add_argument("--out", type=Path, default=MINI / "labels.json", help="where to write")
     args = parser.parse_args()
-    content = measure_causal_effects(load(args.model), progress=report.progress).as_json()
+    content = measure_causal_effects(load(args.model), progress=cli.progress).as_json()
     content["source"] += "; python -m training.label_mini"
     args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for head, effects in content["effects_in_nats_with_95_percent_intervals"].items():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.heads.labels import Labels
 from common.heads.statistics import Floats, percentile_interval
+
+if TYPE_CHECKING:
+    from common.heads.labels import Labels
 
 HeadMask = NDArray[np.bool_]  # [layers, heads]
 

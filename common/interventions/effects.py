@@ -65,8 +65,8 @@ class Experiment:
         self.avoid = [Head.at(*place) for place in np.argwhere(found.attends)]
         self.seed, self.batch_size = seed, batch_size
         self.settings: dict[str, object] = {
-            "fingerprint": model.fingerprint, "seed": seed, "rows": rows, "length": length, "controls": CONTROLS,
-            "avoided": names(self.avoid),
+            "fingerprint": model.fingerprint, "seed": seed, "rows": rows, "controls": CONTROLS,
+            "length": self.drawn.repeats.tokens.shape[1], "avoided": names(self.avoid),
         }  # fmt: skip
 
     def recorded(self, tokens: Ints) -> Recordings:

@@ -1,129 +1,199 @@
-"""Results as rows: for results.json, for heads.csv, for the terminal."""
+"""What was found, as rows (results.json, CSV files, data frames) and as sentences and lines (terminal, page)."""
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.attention.head import Head
-from common.heads.detection import Detection, by_score
-from common.heads.statistics import Floats, interval_over_rows
-from common.heads.survey import Survey
-from common.heads.texts import FEW, TextScores
-from common.heads.tokens import BUDGET, HEAD_TYPES
-from common.interventions.ablation import Ablation
+from common.heads.statistics import Floats
+from common.heads.texts import FEW
+from common.heads.tokens import BUDGET
+
+if TYPE_CHECKING:
+    from common.heads.survey import Survey
+    from common.interventions.ablation import Ablation
+    from common.interventions.effects import PathEffect
 
 ON_TARGETS = ("induction", "suppression", "attends-only")
 MOST_PRINTED = 20  # heads in the table at the terminal; all are in the files
+TERMS = 8  # terms listed of each decomposition
+SCREEN_LINES, SCREEN_WIDTH = 24, 100  # of a repr: a terminal's default height, and what fits beside other windows
+
+HEAD_COLUMNS = ("head", "verdict, confidence", "prefix\nmatching", "thres-\nhold", "total\neffect", "direct\neffect",
+                "copy-\ning", "attention paid to, %\ntgt prv slf dup BOS oth")  # fmt: skip
+TERM_COLUMNS = ("query source", "key source", "part of the score advantage")
+PART_COLUMNS = ("replaced", "prefix matching", "loss at repeats", "random heads", "at fresh")
+PARTS_REPLACED = {
+    "uniform": "pattern, uniform",
+    "pattern": "pattern, another row's",
+    "query": "query",
+    "key": "key",
+    "values": "values",
+    "knockout": "induction cells knocked out",
+    "mean": "whole head, its mean",
+}
+
+REMOVAL = (
+    "Without {source} in its key, the score advantage changes by {measured:+.4f}, where the decomposition predicts "
+    "{predicted:+.4f} (off by {relative_error:.0e} of it); the score by {score_measured:+.4f}, predicted "
+    "{score_predicted:+.4f}."
+)
+
+Interval = tuple[float | None, float | None]
+Made = TypeVar("Made")
 
 
-def head_rows(measured: Survey, copying: Floats) -> list[dict[str, Any]]:
-    """One row per head: where it is, what it is, and the numbers that say so."""
-    found, evidence = measured.found, measured.evidence
-    columns = {
-        "verdict": found.verdict,
-        "confidence": found.confidence,
-        "prefix_matching": found.score,
-        "prefix_matching_interval": _pairs(found.low, found.high),
-        "control": found.control,
-        "threshold": found.threshold,
-        "induction": found.induction,
-        **{kind: evidence.repeats.mean(kind) for kind in HEAD_TYPES if kind != "prefix_matching"},
-        "copying": copying,
-        **{f"budget_{part}": paid for part, paid in evidence.repeats.budget().items()},
-    }
-    for kind, effect in (("total_effect", evidence.total), ("direct_effect", evidence.direct)):
-        columns |= {kind: effect.mean(0), f"{kind}_interval": _pairs(*interval_over_rows(effect))}
-    return _per_head(columns)
+class Screenful:
+    """A dataclass whose repr fits a screen: the lines of `summary`, wrapped and cut."""
+
+    def summary(self) -> Iterable[str]:
+        """What was found, a sentence each."""
+        said = (f"{key} {one:.4g}" if isinstance(one, float) else f"{key} {one}" for key, one in vars(self).items())
+        yield f"{type(self).__name__}: {', '.join(said)}"
+
+    def __repr__(self) -> str:
+        lines = [part for line in self.summary() for part in textwrap.wrap(line, SCREEN_WIDTH, subsequent_indent="  ")]
+        return "\n".join(lines if len(lines) <= SCREEN_LINES else [*lines[: SCREEN_LINES - 1], "…"])
 
 
-def add_ablation(heads: Sequence[dict[str, Any]], ablation: Ablation | None) -> None:
-    """Give each head its `ablation_effect`: the rise of the loss at repeats under mean ablation, with its interval;
-    None where it was not measured."""
-    for head in heads:
-        one = ablation and ablation.of(str(Head.at(head["layer"], head["head"])), "mean", "loss_at_repeats")
-        head["ablation_effect"] = one["effect"] if one else None
-        head["ablation_effect_interval"] = one["interval"] if one else (None, None)
+@dataclass(frozen=True, repr=False)
+class HeadRow(Screenful):
+    """What was measured of one head: a row of heads.csv.
+
+    Scores, `confidence`, `control`, `threshold` and the `budget_*` shares of attention (at queries with a target) lie
+    in [0, 1]; `copying` in [-1, 1], NaN where the model has no direct path to the logits. Effects are in nats, above 0
+    where the head helps: on the repeated token's logit (`total_effect`, `direct_effect`), and the rise of the loss at
+    repeats without the head (`ablation_effect`, None where it was not measured). Intervals are 95 % over rows.
+    """
+
+    layer: int
+    head: int
+    verdict: str
+    confidence: float
+    prefix_matching: float
+    prefix_matching_interval: Interval
+    control: float
+    threshold: float
+    induction: bool
+    previous_token: float
+    duplicate_token: float
+    first_token: float
+    current_token: float
+    copying: float
+    budget_targets: float
+    budget_previous: float
+    budget_self: float
+    budget_duplicates: float
+    budget_bos: float
+    budget_other: float
+    total_effect: float
+    total_effect_interval: Interval
+    direct_effect: float
+    direct_effect_interval: Interval
+    ablation_effect: float | None = None
+    ablation_effect_interval: Interval = (None, None)
+
+    @property
+    def name(self) -> str:
+        """`5.1`"""
+        return str(Head.at(self.layer, self.head))
+
+    def summary(self) -> Iterable[str]:
+        yield (
+            f"head {self.name}: {self.verdict} (confidence {self.confidence:.2f}), prefix matching "
+            f"{self.prefix_matching:.2f} (threshold {self.threshold:.2f}), total effect {with_sign(self.total_effect)}"
+        )
 
 
-def text_entry(found: Detection, text: str, tokens: Sequence[str], on_text: TextScores) -> dict[str, Any]:
-    """What results.json holds of one text. `ranked`: the induction heads, highest score on this text first."""
-    columns: dict[str, Any] = {kind: on_text.scores.mean(kind) for kind in HEAD_TYPES}
-    attention = on_text.attention
-    if attention:
-        columns |= {"control": attention.control, "threshold": attention.threshold, "attends": attention.attends}
-        columns["confidence"] = attention.confidence
-        if on_text.queries >= FEW:
-            columns["prefix_matching_interval"] = _pairs(attention.low, attention.high)
-    return {
-        "text": text,
-        "tokens": list(tokens),
-        "queries": on_text.queries,
-        "induction_at_work": [str(Head.at(*head)) for head in at_work(found, on_text)],
-        "ranked": [str(Head.at(*head)) for head in ranked_on(found, on_text)],
-        "heads": _per_head(columns),
-    }
+@dataclass(frozen=True, repr=False)
+class HeadOnText(Screenful):
+    """One head's scores on one text, each in [0, 1]. None: no token of the text repeats, or (interval) too few do."""
+
+    layer: int
+    head: int
+    prefix_matching: float
+    previous_token: float
+    duplicate_token: float
+    first_token: float
+    current_token: float
+    control: float | None = None
+    threshold: float | None = None
+    attends: bool | None = None
+    confidence: float | None = None
+    prefix_matching_interval: Interval | None = None
 
 
-def ranked_on(found: Detection, on_text: TextScores) -> list[tuple[int, int]]:
-    """The induction heads, highest prefix matching on this text first; as on the battery where no token repeats."""
-    if on_text.attention is None:
-        return [head.place for head in found.ranked()]
-    return [head for head in by_score(on_text.attention.score) if found.induction[head]]
+def rows(make: Callable[..., Made], columns: Mapping[str, NDArray[np.generic]]) -> tuple[Made, ...]:
+    """One row per head, layer by layer, from arrays [layers, heads] or, for intervals, [layers, heads, 2]."""
+    plain = {key: values.tolist() for key, values in columns.items()}
+    layers, heads = next(iter(columns.values())).shape[:2]
+    return tuple(
+        make(layer=layer, head=head, **{key: values[layer][head] for key, values in plain.items()})
+        for layer, head in np.ndindex(layers, heads)
+    )
 
 
-def at_work(found: Detection, on_text: TextScores) -> list[tuple[int, int]]:
-    """The induction heads whose score on this text reaches their threshold there, highest first."""
-    attention = on_text.attention
-    return [head for head in ranked_on(found, on_text) if attention and attention.attends[head]]
+def pairs(low: Floats, high: Floats) -> Floats:
+    """The two ends of intervals [layers, heads] as [layers, heads, 2]."""
+    return np.stack([low, high], axis=-1)
 
 
-def head_lines(heads: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def flat(row: HeadRow) -> dict[str, object]:
+    """A head as a table holds it: an interval takes two columns, `_low` and `_high`."""
+    found: dict[str, object] = {}
+    for key, value in asdict(row).items():
+        if key.endswith("_interval"):
+            found |= dict(zip((f"{key[:-9]}_low", f"{key[:-9]}_high"), value, strict=True))
+        else:
+            found[key] = value
+    return found
+
+
+def shortened(text: str, most: int = 70) -> str:
+    """A text on one line, at most `most` characters of it, for a title."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def with_sign(value: float | None) -> str:
+    """A number with its sign; a dash where it was not measured."""
+    return "–" if value is None or np.isnan(value) else f"{value:+.2f}"
+
+
+# --- induction heads ---
+
+
+def head_lines(heads: Sequence[HeadRow]) -> list[list[str]]:
     """Lines for the terminal: the heads that attend to their targets, highest score first."""
-    shown = sorted((head for head in heads if head["verdict"] in ON_TARGETS), key=lambda head: -head["prefix_matching"])
+    shown = sorted((head for head in heads if head.verdict in ON_TARGETS), key=lambda head: -head.prefix_matching)
     return [
         [
-            str(Head.at(head["layer"], head["head"])),
-            f"{head['verdict']} {head['confidence']:.2f}",
-            f"{head['prefix_matching']:.2f}",
-            f"{head['threshold']:.2f}",
-            _signed(head["total_effect"]),
-            _signed(head["direct_effect"]),
-            _signed(head["copying"]),
-            " ".join(f"{100 * head[f'budget_{part}']:3.0f}" for part in BUDGET),
+            head.name,
+            f"{head.verdict} {head.confidence:.2f}",
+            f"{head.prefix_matching:.2f}",
+            f"{head.threshold:.2f}",
+            with_sign(head.total_effect),
+            with_sign(head.direct_effect),
+            with_sign(head.copying),
+            " ".join(f"{100 * getattr(head, f'budget_{part}'):3.0f}" for part in BUDGET),
         ]
         for head in shown[:MOST_PRINTED]
     ]
 
 
-def _signed(value: float) -> str:
-    """A number with its sign; a dash where it was not measured."""
-    return "–" if np.isnan(value) else f"{value:+.2f}"
-
-
-HEAD_COLUMNS = (
-    "head",
-    "verdict, confidence",
-    "prefix\nmatching",
-    "thres-\nhold",
-    "total\neffect",
-    "direct\neffect",
-    "copy-\ning",
-    "attention paid to, %\ntgt prv slf dup BOS oth",
-)
-
-
-def verdict_sentence(heads: Sequence[Mapping[str, Any]], ablation: Ablation | None) -> str:
+def verdict_sentence(heads: Sequence[HeadRow], ablation: Ablation | None) -> str:
     """How many induction heads there are, which, and what the model loses without them where that was measured."""
-    found = sorted((head for head in heads if head["induction"]), key=lambda head: -head["prefix_matching"])
+    found = sorted((head for head in heads if head.induction), key=lambda head: -head.prefix_matching)
     if not found:
         return "No head of this model is an induction head by this test."
-    named = ", ".join(
-        f"{Head.at(head['layer'], head['head'])} ({head['prefix_matching']:.2f})" for head in found[:MOST_PRINTED]
-    )
+    named = ", ".join(f"{head.name} ({head.prefix_matching:.2f})" for head in found[:MOST_PRINTED])
     more = f" and {len(found) - MOST_PRINTED} more" if len(found) > MOST_PRINTED else ""
     lost = ablation_clause(ablation) if ablation else ""
     return f"{len(found)} induction {'head' if len(found) == 1 else 'heads'}: {named}{more}{lost}."
@@ -139,39 +209,39 @@ def ablation_clause(ablation: Ablation) -> str:
     control = one["control"]
     beside = f"random heads of the same layers: {control['effect']:+.2f}" if control else one["note"]
     return (
-        f"; without {'them' if ' ' in ablation.together else 'it'} (mean ablation) the model loses "
+        f"; without {'them' if len(ablation.together) > 1 else 'it'} (mean ablation) the model loses "
         f"{one['effect']:.2f} of the {gained:.2f} nats that it gains from repeats "
         f"(95 %: {low:.2f} to {high:.2f}; {beside})"
     )
 
 
-def other_heads(heads: Sequence[Mapping[str, Any]]) -> str:
+def other_heads(heads: Sequence[HeadRow]) -> str:
     """A sentence on the heads that the table leaves out."""
-    on_targets = [head for head in heads if head["verdict"] in ON_TARGETS]
-    counts = Counter(str(head["verdict"]) for head in heads if head["verdict"] not in ON_TARGETS)
-    parts = (
-        [f"{len(on_targets) - MOST_PRINTED} further such heads (heads.csv)"] if len(on_targets) > MOST_PRINTED else []
-    )
+    counts = Counter(head.verdict for head in heads)
+    further = sum(counts[verdict] for verdict in ON_TARGETS) - MOST_PRINTED
+    # What the table left out for length is said, or a reader takes the table for all.
+    parts = [f"{further} further such heads (heads.csv)"] if further > 0 else []
     for verdict in ("previous-token", "duplicate-token", "first-token"):
-        named = [str(Head.at(head["layer"], head["head"])) for head in heads if head["verdict"] == verdict]
-        if named:
+        if named := [head.name for head in heads if head.verdict == verdict]:
             parts.append(f"{verdict} {', '.join(named[:6])}{' …' if len(named) > 6 else ''}")
-    parts.append(f"{counts['none']} of no kind named here")
+    none = counts["none"]
+    parts.append(f"{none} {'head fits' if none == 1 else 'heads fit'} none of these types")
     return f"Other heads: {'; '.join(parts)}."
 
 
-def text_line(number: int, entry: Mapping[str, Any]) -> str:
-    """A sentence on whether induction is at work in a text, and how much that rests on."""
-    queries, start = entry["queries"], f"Text {number}: "
-    if not queries:
-        return start + "no token comes again, so there is nothing for induction to do."
+def text_sentence(number: int, queries: int, at_work: Sequence[tuple[str, float]]) -> str:
+    """Whether induction is at work in a text, and on how many `queries` with a target that rests.
+
+    `at_work`: the induction heads whose prefix matching on the text reaches their threshold there, with their score.
+    """
+    if not queries:  # not "no induction": there was nothing to do
+        return f"Text {number}: no token comes again, so there is nothing for induction to do."
     rests_on = f"{queries} {'query' if queries == 1 else 'queries'} with a target"
     rests_on += ", which is few" if queries < FEW else ""
-    if not entry["induction_at_work"]:
-        return start + f"no induction head is at work ({rests_on})."
-    scores = {str(Head.at(head["layer"], head["head"])): head["prefix_matching"] for head in entry["heads"]}
-    named = ", ".join(f"{head} ({scores[head]:.2f})" for head in entry["induction_at_work"][:6])
-    return start + f"induction is at work: {named}; {rests_on}."
+    if not at_work:
+        return f"Text {number}: no induction head is at work ({rests_on})."
+    named = ", ".join(f"{head} ({score:.2f})" for head, score in at_work[:6])
+    return f"Text {number}: induction is at work: {named}; {rests_on}."
 
 
 def unsure(measured: Survey) -> str | None:
@@ -179,21 +249,93 @@ def unsure(measured: Survey) -> str | None:
     if measured.settled:
         return None
     found = measured.found
-    places = [(int(layer), int(head)) for layer, head in np.argwhere(found.confidence < measured.sure)]
-    places.sort(key=lambda head: found.confidence[head])
-    named = ", ".join(f"{Head.at(*head)} {found.verdict[head]} ({found.confidence[head]:.3f})" for head in places[:6])
+    places = sorted(map(tuple, np.argwhere(found.confidence < measured.sure)), key=lambda at: found.confidence[at])
+    named = ", ".join(f"{Head.at(*at)} {found.verdict[at]} ({found.confidence[at]:.3f})" for at in places[:6])
     return f"Not certain after {measured.rows} rows: {named}{' …' if len(places) > 6 else ''}"
 
 
-def _per_head(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    layers, heads = next(iter(columns.values())).shape[:2]
-    return [
-        {"layer": layer, "head": head, **{key: values[layer, head] for key, values in columns.items()}}
-        for layer in range(layers)
-        for head in range(heads)
+# --- queries and keys of a layer ---
+
+
+def advantage_sentence(head: str, text: int, cells: int, cells_are: str, advantage: float) -> str:
+    """Which cells were decomposed, and how far their scores lie above those of the other tokens in sight."""
+    return (
+        f"Head {head} on {cells} {cells_are} of text {text}: score advantage {advantage:.2f} over the other tokens in "
+        "sight, made of"
+    )
+
+
+def check_sentence(max_abs_error: float) -> str:
+    """The self-check of the maps."""
+    return f"Our scores reproduce the model's: largest error {max_abs_error:.1e}"
+
+
+def composition_sentence(writes: str, reads: str, score: float, baseline: float, z: float, limit: float) -> str:
+    """The strongest pair of a previous-token head and an induction head that reads it, by their weights."""
+    chance = f"{baseline:.3f} by chance, z = {z:.1f} (above {limit:.1f} counts)"
+    return f"K-composition {writes} → {reads}: {score:.3f}, {chance}"
+
+
+def removal_sentence(removal: Mapping[str, object] | None) -> str | None:
+    """What a decomposition predicts of its score without the strongest key source, beside what was measured."""
+    return REMOVAL.format(**removal) if removal and "predicted" in removal else None
+
+
+def part_lines(effects: Sequence[PathEffect], head: str) -> list[list[str]]:
+    """One line per kind of intervention on the head: the change of prefix matching and of the loss at repeats, each
+    with its interval, that of the latter on random heads, and the change of the loss at fresh tokens."""
+    of = {(one["name"], one["metric"]): one for one in effects if one["heads"] == [head]}
+    lines = []
+    for kind in (kind for kind in PARTS_REPLACED if (kind, "prefix_matching") in of):
+        own, repeats, fresh = (of[kind, metric] for metric in ("prefix_matching", "loss_at_repeats", "loss_at_fresh"))
+        beside = _change(repeats["control"]["effect"]) if repeats["control"] else "none left"
+        changes = _with_interval(own), _with_interval(repeats), beside, _change(fresh["effect"])
+        lines.append([PARTS_REPLACED[kind], *changes])
+    return lines
+
+
+def part_sentence(effects: Sequence[PathEffect], head: str) -> str:
+    """What the lines are about, and the level of each metric before."""
+    clean = {one["metric"]: one for one in effects if one["heads"] == [head]}
+    pattern, repeats, fresh = (clean[metric] for metric in ("prefix_matching", "loss_at_repeats", "loss_at_fresh"))
+    return (
+        f"Head {head}, one part replaced (before: prefix matching {pattern['clean']:.2f}, loss {repeats['clean']:.2f} "
+        f"at repeats, {fresh['clean']:.2f} at fresh tokens):\nchange over {pattern['rows']} rows [95 % interval], and "
+        "that of the loss at repeats on random heads of the layer"
+    )
+
+
+def path_sentence(effects: Sequence[PathEffect]) -> str | None:
+    """How much of what the most needed earlier head does to the receiver's prefix matching goes by which path; None
+    where no path was measured or no earlier head matters."""
+    paths = [one for one in effects if one.get("sender") and one["metric"] == "prefix_matching"]
+    # Only heads whose ablation lowers the score: a share of an effect near 0 says nothing.
+    whole = [one for one in paths if one["name"] == "whole sender" and one["effect"] < 0]
+    if not whole:
+        return None
+    most = min(whole, key=lambda one: one["effect"])
+    shares = {one["name"]: one["effect"] / most["effect"] for one in paths if one.get("sender") == most.get("sender")}
+    said = [
+        f"its path into the {part} carries {_share(shares, f'path to {part} through MLPs')} of that "
+        f"({_share(shares, f'path to {part}')} where the MLPs in between stay as they are)"
+        for part in ("key", "query")
     ]
+    return (
+        f"Without {most.get('sender')} the prefix matching of {most['heads'][0]} changes by {most['effect']:+.2f}; "
+        f"{'; '.join(said)}; values cannot change where a head attends."
+    )
 
 
-def _pairs(low: Floats, high: Floats) -> Floats:
-    """[..., 2]"""
-    return np.stack([low, high], axis=-1)
+def _share(shares: Mapping[str, float], which: str) -> str:
+    return f"{round(100 * shares[which])} %" if which in shares else "an unknown share"
+
+
+def _with_interval(one: PathEffect) -> str:
+    low, high = one["interval"]
+    return f"{_change(one['effect'])} [{_change(low)}, {_change(high)}]"
+
+
+def _change(value: float) -> str:
+    """Two digits and a sign, but none for what is 0.00."""
+    text = f"{value:+.2f}"  # -0.00 would look like an effect
+    return text if float(text) else "0.00"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from common.interventions.bench import Reads
 
 from common import UserError
 from common.heads import direct
 from common.heads.tokens import TokenBatch, continuing
 from common.interventions import effects, interventions
-from common.interventions.bench import Reads
 from tests.oracle import ARCHITECTURES, assert_no_hooks, bridge_logits
 
 HEADS = [(0, 1), (1, 2), (2, 0), (2, 3)]

@@ -13,8 +13,8 @@ from common import UserError
 from common.attention.head import Head
 from common.heads import labels
 from common.heads.labels import Labels
-from common.interventions import causal
-from common.interventions.causal import LEAST, CausalEffects
+from common.interventions import causal_labels
+from common.interventions.causal_labels import LEAST, CausalEffects
 
 
 def test_labels_are_read(tmp_path):
@@ -88,20 +88,20 @@ def test_the_rule_needs_size_and_certainty():
     for needed, expected in ((sure, True), (small, False), (unsure, False), (nothing, False)):
         assert bool(CausalEffects(needed, nothing, "x").labels().heads) == expected
         assert bool(CausalEffects(nothing, needed, "x").labels().heads) == expected
-    assert CausalEffects(-sure, nothing, "x").heads(-1) == [(0, 0)]
+    assert CausalEffects(-sure, nothing, "x").heads(-1) == [Head.at(0, 0)]
     assert CausalEffects(sure, -sure, "x").heads(-1) == [], "needed for the loss: not suppression"
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_causal_labels_are_what_was_built(hand_built, seed):
     built, model = hand_built(seed)
-    effects = causal.measure(model)
+    effects = causal_labels.measure_causal_effects(model)
     assert {head.place for head in effects.labels().heads} == set(built.heads("induction"))
-    assert set(effects.heads(-1)) == set(built.heads("suppression"))
+    assert {head.place for head in effects.heads(-1)} == set(built.heads("suppression"))
 
 
 def test_shipped_labels_are_those_that_are_measured(mini):
     shipped = json.loads(mini.labels_file.read_text())
-    measured = causal.measure(mini).as_json()
+    measured = causal_labels.measure_causal_effects(mini).as_json()
     assert shipped["induction_heads"] == measured["induction_heads"]
     assert shipped["source"].startswith(measured["source"])

@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig, Qwen3Config
 
+from common import cli
 from common.attention import call as call_module
 from common.attention.door import Door
 from common.heads import scores
 from common.heads.tokens import Cells, TokenBatch
 from common.loading import Model, load
+from common.results import analysis
 from tests import architectures
 from tests.conftest import ROOT
 
@@ -186,9 +188,6 @@ def test_scores_in_bfloat16_are_near_those_in_float32(random_gpt2, random_gpt2_f
     assert abs(slow - exact).max() < 0.01
 
 
-# --- rows at once ---
-
-
 def test_scores_survive_running_out_of_memory(random_gpt2, batch, monkeypatch, caplog):
     whole = scores.score(random_gpt2, batch, batch_size=1)
     run = Door.run
@@ -203,6 +202,17 @@ def test_scores_survive_running_out_of_memory(random_gpt2, batch, monkeypatch, c
     assert "going on with 1" in caplog.text
     for kind in batch.cells:
         assert halved.sums[kind].sums == pytest.approx(whole.sums[kind].sums, abs=1e-12)
+
+
+# --- rows at once ---
+
+
+def test_auto_is_filled_in_for_the_longest_rows_and_a_number_stays(random_gpt2):
+    parser = cli.shared_parser("")
+    for arguments, length, rows in (([], 3, 16), ([], 1000, 2), (["--batch-size", "3"], 3, 3)):
+        args = parser.parse_args(arguments)
+        encoded = [("text", np.zeros(length, dtype=np.int64))]
+        assert analysis.rows_at_once(random_gpt2, encoded, args.batch_size) == rows
 
 
 # --- memory ---

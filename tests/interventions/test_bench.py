@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from common.interventions.bench import Bench, Reads, greedy, logit_difference, sweep
 
 from benchmarks import interventions as benchmark
 from common import UserError
 from common.heads.tokens import TokenBatch, continuing
 from common.interventions import interventions
-from common.interventions.bench import Bench, Reads, greedy, logit_difference, sweep
 from common.interventions.edits import applied
 from tests.oracle import ARCHITECTURES, assert_no_hooks, bridge_logits, every_kind
 

@@ -8,15 +8,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from common.interventions.bench import Bench, Reads
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.heads import detection, scores
 from common.heads.tokens import TokenBatch, battery, continuing
 from common.interventions import effects, interventions
-from common.interventions.bench import Bench, Reads
 from common.interventions.edits import Recordings, applied
-from common.results import report
+from common.results import files
 from tests.oracle import Oracle, assert_no_hooks, bridge_logits
 
 
@@ -160,7 +160,7 @@ def test_an_effect_is_the_mean_change_beside_that_of_its_controls():
     assert 2.0 <= found.interval[0] <= 2.5 <= found.interval[1] <= 3.0
     assert found.control["effect"] == pytest.approx(0.5)
     assert found.control["heads"] == ["0.1", "0.2"]
-    assert json.loads(json.dumps(report.plain(found.plain())))["control"]["heads"] == ["0.1", "0.2"]
+    assert json.loads(json.dumps(files.jsonable(found.plain())))["control"]["heads"] == ["0.1", "0.2"]
 
 
 # --- the bundled model ---

@@ -16,8 +16,8 @@ from common.interventions import effects, interventions
 from common.interventions import qk_interventions as qki
 from common.interventions.edits import Edit, Recordings, ValueEdit
 from common.loading import models
-from common.results import qk_tables
-from common.results.chosen import Chosen
+from common.results import tables
+from common.results.qk import Chosen
 from tests import architectures
 from tests.handbuilt import COPY, LOGIT, Role
 from tests.oracle import assert_no_hooks
@@ -278,14 +278,14 @@ def test_a_head_without_a_decomposition_has_no_prediction(random_gpt2):
 
 
 def test_lines_and_sentences_say_what_was_measured(done):
-    lines = qk_tables.part_lines(done.effects, "1.0")
-    assert [line[0] for line in lines] == list(qk_tables.MEANINGS.values())
+    lines = tables.part_lines(done.effects, "1.0")
+    assert [line[0] for line in lines] == list(tables.PARTS_REPLACED.values())
     query = by_kind(done, "prefix_matching", INDUCTION)["query"]
     low, high = query["interval"]
     assert lines[2][1] == f"{query['effect']:+.2f} [{low:+.2f}, {high:+.2f}]"
-    assert "prefix matching 0.95" in qk_tables.part_sentence(done.effects, "1.0")
-    said = qk_tables.path_sentence(done.effects)
+    assert "prefix matching 0.95" in tables.part_sentence(done.effects, "1.0")
+    said = tables.path_sentence(done.effects)
     assert said.startswith("Without 0.0 the prefix matching of 1.0 changes by -0.9")
     assert "its path into the key carries 100 % of that (100 % where the MLPs in between stay as they are)" in said
-    assert qk_tables.path_sentence([one for one in done.effects if "sender" not in one]) is None
-    assert qk_tables.part_lines([], "1.0") == []
+    assert tables.path_sentence([one for one in done.effects if "sender" not in one]) is None
+    assert tables.part_lines([], "1.0") == []

@@ -13,7 +13,7 @@ from common.heads import attribution
 from common.heads.tokens import battery
 from tests import architectures
 from tests.heads.test_attribution import centred_logits, knocked_out
-from tests.loading.test_load import FAMILIES
+from tests.loading.test_loader import FAMILIES
 
 THROUGH_THE_SCRIPT = [*architectures.CONFIGS, *architectures.FURTHER]
 POST_NORMS = {"gemma2", "gemma3"}  # they norm what heads write before it is added

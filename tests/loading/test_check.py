@@ -17,7 +17,7 @@ from common.heads.attribution import attribute
 from common.heads.tokens import battery
 from common.loading import check, load
 from tests import architectures
-from tests.loading.test_load import FAMILIES, refusal
+from tests.loading.test_loader import FAMILIES, refusal
 
 LONG_WINDOW = 12
 

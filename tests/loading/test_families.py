@@ -12,7 +12,7 @@ from torch import nn
 from common import UserError
 from common.loading.families import UNCHANGED, Norm, dtype_of, plain, unembedding_weights
 from tests import architectures
-from tests.loading.test_load import FAMILIES
+from tests.loading.test_loader import FAMILIES
 
 POST_NORMS = {"gemma2", "gemma3"}  # they norm what heads and MLP put out before it is added
 PARALLEL = {"neox", "phi", "gptj", "cohere", "falcon-rotary"}  # attention and MLP read the same stream

@@ -28,7 +28,7 @@ import qk_circuit_analysis as analysis
 from common import UserError, cli
 from common.heads import labels, texts, tokens
 from common.loading import escapes, models
-from common.results import folders, plots, report
+from common.results import draw, files
 from tests.conftest import roughen, save_random_gpt2
 
 ANY = settings(suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate))
@@ -86,9 +86,9 @@ def test_escaped_text_is_printable_and_keeps_the_rest(text):
 @cases(100)
 @given(TEXT)
 def test_text_in_a_picture_has_a_glyph_for_every_character(text):
-    known = plots.get_font(plots.findfont("DejaVu Sans")).get_charmap()
-    assert all(char == "\n" or ord(char) in known for char in plots.legible(text))
-    assert len(plots.legible(text, 24)) <= 24
+    known = draw.get_font(draw.findfont("DejaVu Sans")).get_charmap()
+    assert all(char == "\n" or ord(char) in known for char in draw.legible(text))
+    assert len(draw.legible(text, 24)) <= 24
 
 
 PARSERS = (cli.threshold, cli.positive, cli.whole_number, cli.number_or("auto", "all"))
@@ -162,7 +162,7 @@ def test_batteries_are_drawn_or_refused(vocabulary, length, seed, rows):
 @cases(150)
 @given(JSON | st.dictionaries(st.integers(), st.floats()) | st.lists(st.floats()).map(np.array))
 def test_anything_becomes_json_without_nan(value):
-    text = json.dumps(report.plain({"value": value}), allow_nan=False)
+    text = json.dumps(files.jsonable({"value": value}), allow_nan=False)
     assert "NaN" not in text and "Infinity" not in text
 
 
@@ -176,7 +176,7 @@ def scratch(tmp_path_factory):
 def test_any_output_folder_is_written_or_refused_and_stays_inside(scratch, name):
     name = name.replace("/", "|") if name not in (".", "..") else "x"
     try:
-        with folders.output_folder(scratch / name) as folder:
+        with files.output_folder(scratch / name) as folder:
             (folder / "results.json").write_text("{}")
     except UserError as error:
         assert "cannot write to" in str(error)

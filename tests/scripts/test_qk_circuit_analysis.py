@@ -15,11 +15,13 @@ import transformers
 from safetensors import safe_open
 
 import qk_circuit_analysis as script
-from common.circuits import qk
-from common.interventions import qk_interventions
-from common.interventions.qk_interventions import KINDS
+from common.circuits import decomposition, maps
+from common.interventions import effects, experiments
+from common.interventions.experiments import REPLACEMENTS
+from common.loading.families import Norm
 from tests import architectures
 from tests.conftest import ROOT
+from tests.results import schemas
 
 QUICK = ["--text", "the cat sat the cat sat", "--no-interventions"]
 
@@ -72,17 +74,39 @@ def test_results_follow_the_contract(results):
                 "layer", "heads", "composition", "decomposition", "directions"):  # fmt: skip
         assert key in results
     for effect in results["interventions"]:
-        assert set(effect) >= {"name", "head", "metric", "clean", "effect", "interval", "rows", "control"}
+        assert set(effect) >= {"name", "heads", "metric", "clean", "effect", "interval", "rows", "control"}
         assert effect["interval"][0] <= effect["effect"] <= effect["interval"][1] and effect["rows"] == 16
     assert results["experiments"]["missing"] == [] and results["experiments"]["refused"] == {}
     assert [entry["text"] for entry in results["sequences"]] == script.sequences
     assert results["check"]["max_abs_error"] == max(entry["check"]["max_abs_error"] for entry in results["sequences"])
-    assert 0 < results["check"]["max_abs_error"] <= qk.SCORE_ERROR
+    assert 0 < results["check"]["max_abs_error"] <= maps.SCORE_ERRORS[0]
     for entry in results["sequences"]:
         assert len(entry["maps"]) == 4
         assert all(0 < key < query < len(entry["tokens"]) for query, key in entry["cells"])
     text = json.dumps(results)
     assert "NaN" not in text and "Infinity" not in text
+
+
+def test_results_are_what_the_schema_says(results):
+    schemas.check("qk", results)
+    assert results["schema"] == 2 and results["arguments"]["layer"] == "auto" and results["argv"]
+
+
+@pytest.mark.parametrize("broken", ["text", [3], "half"])
+def test_an_earlier_result_that_is_not_whole_is_measured_again(results, tmp_path, monkeypatch, broken):
+    """A result that is whole is taken as it is."""
+    before, measured, honest = results["interventions"], [], experiments._done
+    monkeypatch.setattr(experiments, "_done", lambda *arguments: measured.append(1) or honest(*arguments))
+    monkeypatch.setattr(experiments, "REPLACEMENTS", ("uniform",))
+    monkeypatch.setattr(experiments, "PATHS", {})
+    earlier = {**results, "interventions": before[:3] if broken == "half" else broken}
+    (tmp_path / "results.json").write_text(json.dumps(earlier))
+    common = ["--model", "mini", "--no-plots", "--out", str(tmp_path), "--text", "the cat sat the cat sat"]
+    assert run(*common, "--interventions") == 0
+    assert len(measured) == 2, "one part and one path"
+    measured.clear()
+    assert run(*common, "--interventions") == 0
+    assert measured == []
 
 
 def test_auto_is_the_layer_of_the_strongest_induction_head(results, strongest):
@@ -100,7 +124,7 @@ def test_on_mini_the_top_term_is_embed_times_the_previous_token_head(results, st
     for entry in repeated:
         assert (entry["terms"][0]["query"], entry["terms"][0]["key"]) == ("embed", sender)
         assert entry["terms"][0]["value"] > 0
-        assert entry["relative_error"] < qk.SUM_ERROR
+        assert entry["relative_error"] < decomposition.SUM_ERRORS[0]
     assert results["composition"]["previous_token_to_induction"]["writes"] == sender
     assert results["composition"]["previous_token_to_induction"]["z"] > results["composition"]["z_limit"]
 
@@ -127,11 +151,11 @@ def test_on_mini_the_previous_token_head_acts_through_the_key(results, strongest
 def test_on_mini_where_the_induction_head_looks_and_what_it_brings_back_both_matter(results):
     own, repeats, fresh = (moved(results, m) for m in ("prefix_matching", "loss_at_repeats", "loss_at_fresh"))
     clean = next(one["clean"] for one in results["interventions"] if one["metric"] == "prefix_matching")
-    for kind in ("uniform", "pattern", "query", "key", "forbid"):
+    for kind in ("uniform", "pattern", "query", "key", "knockout"):
         assert own[kind, None] < -0.8 * clean
     for kind in ("values", "mean"):
         assert own[kind, None] == pytest.approx(0, abs=1e-9)
-    for kind in KINDS:
+    for kind in REPLACEMENTS:
         assert repeats[kind, None] > 0.2 and abs(fresh[kind, None]) < 0.1 * repeats[kind, None]
         one = next(e for e in results["interventions"] if (e["name"], e["metric"]) == (kind, "loss_at_repeats"))
         assert abs(one["control"]["effect"]) < 0.2 * one["effect"]
@@ -145,7 +169,7 @@ def test_predictions_stand_beside_measurements(results):
 
 
 def test_interventions_that_take_long_are_left_out_and_it_is_said(random_gpt2_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(qk_interventions, "PATIENCE", 0.0)
+    monkeypatch.setattr(effects, "UNASKED", 0.0)
     common = ["--model", str(random_gpt2_folder), "--out", str(tmp_path), "--no-plots", "--text", "a b c a b c"]
     assert run(*common) == 0
     assert "interventions left out" in capsys.readouterr().err
@@ -153,12 +177,12 @@ def test_interventions_that_take_long_are_left_out_and_it_is_said(random_gpt2_fo
     assert found["interventions"] == [] and found["experiments"] is None
     assert run(*common, "--layer", "1", "--interventions") == 0
     found = json.loads((tmp_path / "results.json").read_text())
-    assert {one["name"] for one in found["interventions"]} == {*KINDS, *qk_interventions.PATHS, "whole sender"}
+    assert {one["name"] for one in found["interventions"]} == {*REPLACEMENTS, *experiments.PATHS, "whole sender"}
 
 
 def test_an_interruption_keeps_what_is_done_and_says_what_is_missing(random_gpt2_folder, tmp_path, monkeypatch, capsys):
     common = ["--model", str(random_gpt2_folder), "--out", str(tmp_path), "--layer", "1", "--text", "a b c a b c"]
-    honest, calls = qk_interventions.Laboratory.measure, []
+    honest, calls = experiments.ExperimentPlan.measure, []
 
     def until_the_tenth(self, intervention, head):
         calls.append(intervention)
@@ -166,7 +190,7 @@ def test_an_interruption_keeps_what_is_done_and_says_what_is_missing(random_gpt2
             raise KeyboardInterrupt
         return honest(self, intervention, head)
 
-    monkeypatch.setattr(qk_interventions.Laboratory, "measure", until_the_tenth)
+    monkeypatch.setattr(experiments.ExperimentPlan, "measure", until_the_tenth)
     assert run(*common, "--interventions") == 130
     assert "stopped; not measured: " in one_line(capsys)
     part = json.loads((tmp_path / "results.json").read_text())
@@ -186,7 +210,7 @@ def test_exported_q_and_k_make_the_scores_of_the_layer(finished, results, mini):
     with safe_open(finished / "qk_02.safetensors", framework="numpy") as file:
         q, k, tokens = (file.get_tensor(name) for name in ("q", "k", "tokens"))
         assert file.metadata() == {"layer": str(results["layer"])}
-    met = qk.interact(mini, tokens[None], results["layer"])
+    met = maps.interact(mini, tokens[None], results["layer"])
     assert mini.strings(tokens) == results["sequences"][1]["tokens"]
     products = np.einsum("qhd,khd->hqk", q, k) * met.rules.scale
     assert products == pytest.approx(met.products[0], abs=1e-4)
@@ -229,10 +253,10 @@ def test_a_model_without_induction_heads_is_analysed_and_it_is_said(random_gpt2_
     assert not any(head["induction"] for head in found["heads"])
 
 
-THROUGH = {path for path in qk_interventions.PATHS if path.endswith("through MLPs")}
+THROUGH = {path for path in experiments.PATHS if path.endswith("through MLPs")}
 REFUSED = {  # paths: all, where a norm stands after attention; through MLPs that read more, or beside the heads
     "bloom": THROUGH,
-    "gemma2": set(qk_interventions.PATHS),
+    "gemma2": set(experiments.PATHS),
     "neox": THROUGH,
 }
 
@@ -246,20 +270,20 @@ def test_other_architectures_run_pictures_and_all(name, tmp_path, tokenizer):
     assert found["decomposition"][0]["relative_error"] < 1e-5
     walked = {one["name"] for one in found["interventions"] if "sender" in one}
     refused = {label.split(" of ")[0] for label in found["experiments"]["refused"]}
-    assert refused == REFUSED[name] and walked == {*qk_interventions.PATHS, "whole sender"} - refused
-    assert {one["name"] for one in found["interventions"]} - walked == set(KINDS)
+    assert refused == REFUSED[name] and walked == {*experiments.PATHS, "whole sender"} - refused
+    assert {one["name"] for one in found["interventions"]} - walked == set(REPLACEMENTS)
     assert len(list((tmp_path / "o").glob("*.png"))) == 8
 
 
 def test_a_map_that_is_not_the_models_stops_the_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(qk, "_scale", lambda module, d_head: 1.0)
+    monkeypatch.setattr(maps.Rules, "scores", lambda self, products: 2 * products)
     assert run("--model", "mini", "--out", str(tmp_path / "o"), *QUICK) == 2
     assert "is not reproduced" in one_line(capsys)
     assert not (tmp_path / "o").exists()
 
 
 def test_a_decomposition_that_does_not_add_up_is_left_out_and_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(qk.Norm, "scale", lambda self, x: np.ones((*x.shape[:-1], 1)))
+    monkeypatch.setattr(Norm, "scale", lambda self, x: np.ones((*x.shape[:-1], 1)))
     assert run("--model", "mini", "--out", str(tmp_path), *QUICK) == 0
     assert "do not add up" in capsys.readouterr().err
     found = json.loads((tmp_path / "results.json").read_text())

@@ -12,9 +12,11 @@ import sys
 import pytest
 
 import induction_head_detection as script
-from common.loading import models
+from common import UserError
+from common.loading import load
 from tests.conftest import ROOT
 from tests.loading.test_models import cache, put_in_cache  # noqa: F401  (a fixture)
+from tests.results import schemas
 
 QUICK = ["--text", "the cat sat the cat sat"]
 
@@ -62,6 +64,30 @@ def test_results_follow_the_contract(results):
     detected = {f"{head['layer']}.{head['head']}" for head in results["heads"] if head["induction"]}
     assert detected == set(results["induction_heads"])
     assert [entry["text"] for entry in results["sequences"]] == script.sequences
+
+
+def test_results_are_what_the_schema_says(results, random_gpt2_folder, tmp_path):
+    """With heads and labels, and for a random model with neither, on texts with and without a repeat."""
+    schemas.check("induction", results)
+    assert results["schema"] == 2 and results["argv"]
+    assert results["arguments"] == {"threshold": None, "labels": None, "ablate": None, "seed": 0,
+                                    "batch_size": results["arguments"]["batch_size"]}  # fmt: skip
+    common = ["--model", str(random_gpt2_folder), "--out", str(tmp_path), "--no-plots", "--labels", "none"]
+    assert run(*common, "--text", "a b c", "--text", "a b c a b c") == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    schemas.check("induction", found)
+    assert found["induction_heads"] == [] and found["ablation"] is found["metrics"] is None
+    assert found["sequences"][0]["queries"] == 0 and found["arguments"]["labels"] == "none"
+
+
+@pytest.mark.parametrize("broken", ["text", [3], "half"])
+def test_an_earlier_result_that_is_not_whole_is_measured_again(results, tmp_path, broken):
+    before = results["ablation"]
+    ablation = {**before, "effects": before["effects"][:4]} if broken == "half" else {**before, "effects": broken}
+    (tmp_path / "results.json").write_text(json.dumps({**results, "ablation": ablation}))
+    assert run("--model", "mini", "--no-plots", "--out", str(tmp_path), *QUICK, "--ablate") == 0
+    again = json.loads((tmp_path / "results.json").read_text())["ablation"]
+    assert again["missing"] == [] and len(again["effects"]) == len(before["effects"])
 
 
 def test_numbers_are_finite_and_shares_of_attention(results):
@@ -117,8 +143,8 @@ def test_gpt2_from_a_hub_cache_runs_offline(cache, random_gpt2_folder, tmp_path,
 
 def test_the_real_gpt2_small_has_its_published_heads_in_front(tmp_path):
     try:
-        models.load("gpt2")
-    except models.UserError as error:
+        load("gpt2")
+    except UserError as error:
         pytest.skip(f"GPT-2 small cannot be loaded here: {error}")
     assert run("--model", "gpt2", "--out", str(tmp_path / "o"), "--no-plots", *QUICK) == 0
     found = json.loads((tmp_path / "o" / "results.json").read_text())["induction_heads"]
@@ -186,10 +212,10 @@ def test_a_failed_run_leaves_the_old_files(tmp_path, monkeypatch):
     assert run("--model", "mini", "--no-plots", "--out", str(out), *QUICK) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("common.results.tables.text_entry", fail)
+    monkeypatch.setattr("common.results.induction.score_text", fail)
     assert run("--model", "mini", "--no-plots", "--out", str(out), *QUICK) == 130
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
@@ -246,12 +272,13 @@ def test_each_text_says_whether_induction_is_at_work_and_on_how_much_it_rests(re
 
 def test_what_is_lost_without_the_induction_heads_stands_in_the_results(results):
     ablation = results["ablation"]
-    assert ablation["missing"] == [] and ablation["together"].split() == results["induction_heads"]
+    assert ablation["missing"] == [] and ablation["together"] == results["induction_heads"]
     for head in results["heads"]:
         name = f"{head['layer']}.{head['head']}"
         assert (head["ablation_effect"] is not None) == (name in results["induction_heads"])
-    together = {(one["name"], one["metric"]): one for one in ablation["effects"] if one["head"] == ablation["together"]}
-    for kind in ("mean", "forbid"):
+    of_all = [one for one in ablation["effects"] if one["heads"] == ablation["together"]]
+    together = {(one["name"], one["metric"]): one for one in of_all}
+    for kind in ("mean", "knockout"):
         rise, fresh = together[kind, "loss_at_repeats"], together[kind, "loss_at_fresh"]
         assert rise["interval"][0] > 5 * abs(rise["control"]["effect"])
         assert abs(fresh["effect"]) < 0.1 * rise["effect"]
@@ -259,34 +286,34 @@ def test_what_is_lost_without_the_induction_heads_stands_in_the_results(results)
 
 
 def test_ablation_can_be_left_out_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    from common.interventions import ablation
+    from common.interventions import ablation, effects
 
     common = ["--model", "mini", "--no-plots", "--out", str(tmp_path), *QUICK]
     assert run(*common, "--no-ablate") == 0
     assert json.loads((tmp_path / "results.json").read_text())["ablation"] is None
-    monkeypatch.setattr(ablation, "PATIENCE", 0.0)
+    monkeypatch.setattr(effects, "UNASKED", 0.0)
     assert run(*common) == 0
     assert "ablation left out" in capsys.readouterr().err
-    measured = ablation._effects
+    measured = ablation.effects_with_controls
 
-    def stopped(laboratory, kind, sets, advance):
-        for number, effects in enumerate(measured(laboratory, kind, sets, advance)):
+    def stopped(metrics, kind, sets, *arguments, **options):
+        for number, found in enumerate(measured(metrics, kind, sets, *arguments, **options)):
             if number == 1:
                 raise KeyboardInterrupt
-            yield effects
+            yield found
 
-    monkeypatch.setattr(ablation, "_effects", stopped)
+    monkeypatch.setattr(ablation, "effects_with_controls", stopped)
     assert run(*common, "--ablate") == 130
     assert "not measured" in capsys.readouterr().err
     half = json.loads((tmp_path / "results.json").read_text())["ablation"]
     assert half["effects"] and half["missing"]
     asked = []
 
-    def counted(laboratory, kind, sets, advance):
+    def counted(metrics, kind, sets, *arguments, **options):
         asked.append((kind, len(sets)))
-        return measured(laboratory, kind, sets, advance)
+        return measured(metrics, kind, sets, *arguments, **options)
 
-    monkeypatch.setattr(ablation, "_effects", counted)
+    monkeypatch.setattr(ablation, "effects_with_controls", counted)
     assert run(*common, "--ablate") == 0
     whole = json.loads((tmp_path / "results.json").read_text())["ablation"]
     assert whole["missing"] == [] and whole["effects"][: len(half["effects"])] == half["effects"]

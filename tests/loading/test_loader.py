@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from common import UserError
 from common.loading import Model, load
-from common.loading.load import _bos
+from common.loading.loader import _bos
 from tests import architectures
 
 # TransformerLens 4.3 splits the joint projection of the one wrongly, and has no sinks in what it shows of the other.

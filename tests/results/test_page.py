@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 import induction_head_detection
 import qk_circuit_analysis
-from common.attention.head import Head
-from common.circuits import qk
+from common.circuits import maps
 from common.heads import scores
-from common.results import html_figures, html_report
+from common.heads.detection import Detection
+from common.results import figures_heads, page, plotly_figures
+from common.results.figures_heads import name_of
+from common.results.spec import Axis, Entry, Figure, Heatmap, Marks, Outline, Panel, Scale
 from tests import browser
 
 HOSTILE = [
@@ -32,6 +34,11 @@ HOSTILE = [
 REPEATS = "the cat sat on </script> the cat sat on </script>"
 
 
+FIRST_FIGURES = (
+    "mosaic", "effects", "ablation", "thresholds", "budget", "text-0-pattern", "text-1-pattern",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     out = tmp_path_factory.mktemp("first") / "out"
@@ -43,9 +50,7 @@ def first(tmp_path_factory):
 @pytest.fixture(scope="module")
 def second(tmp_path_factory):
     out = tmp_path_factory.mktemp("second") / "out"
-    assert (
-        qk_circuit_analysis.main(["--model", "mini", "--out", str(out), "--no-interventions", "--text", REPEATS]) == 0
-    )
+    assert qk_circuit_analysis.main(["--model", "mini", "--out", str(out), "--interventions", "--text", REPEATS]) == 0
     return out
 
 
@@ -99,10 +104,9 @@ def in_mosaic(results, head) -> tuple[float, float]:
 
 def drawn(driver, figure: str) -> np.ndarray:
     """The values of a drawn map, queries after BOS × keys; NaN where blank."""
-    left, right = driver.execute_script(
-        f"return document.getElementById('{figure}').data.slice(0, 2).map((one) => one.z)"
-    )
-    return np.concatenate([np.array(left, dtype=float), np.array(right, dtype=float)], axis=1)
+    read = f"return document.getElementById('{figure}').data.map((one) => [one.x[0], one.z])"
+    parts = sorted(driver.execute_script(read))  # the BOS column may have a trace of its own
+    return np.concatenate([np.array(values, dtype=float) for _, values in parts], axis=1)
 
 
 def unpacked(packed, places: int) -> np.ndarray:
@@ -117,8 +121,20 @@ def unpacked(packed, places: int) -> np.ndarray:
     return maps
 
 
-def text_maps(tokens, maps, *, cells=(), text="a text") -> html_report.TextMaps:
-    return html_report.TextMaps(text, tokens, "said", cells, range(len(tokens)), maps)
+def big_found(layers: int, heads: int) -> Detection:
+    """A model of that size in which one head is an induction head."""
+    zeros = np.zeros((layers, heads))
+    verdict = np.full((layers, heads), "none", dtype="<U20")
+    verdict[1, 0] = "induction"
+    return Detection(zeros, zeros, zeros, zeros, zeros, zeros, verdict, (verdict == "induction")[None])
+
+
+def mosaic(found: Detection):
+    return figures_heads.mosaic_figure(found, "title")
+
+
+def text_maps(tokens, maps, *, cells=(), text="a text") -> page.TextMaps:
+    return page.TextMaps(text, tokens, "said", cells, range(len(tokens)), maps)
 
 
 @given(st.integers(1, 3), st.integers(2, 9), st.floats(1e-6, 1e4), st.integers(0, 2**32 - 1))
@@ -127,24 +143,24 @@ def test_maps_come_back_within_a_step_of_the_scale_they_say(heads, places, size,
     maps = rng.normal(0, size, (heads, places, places))
     maps[rng.random(maps.shape) < 0.2] = np.nan
     lower = np.where(np.tri(places, dtype=bool), maps, np.nan)
-    packed = html_report.pack(maps)
+    packed = page.pack(maps)
     back = unpacked(packed, places)
     assert (np.isnan(back) == np.isnan(lower)).all()
     steps = np.array(packed["scale"])[:, None, None] / 32767
     assert (np.nan_to_num(np.abs(back - lower)) <= 0.51 * steps).all()
-    assert len(packed["codes"]) == html_report.packed_size(maps)
+    assert len(packed["codes"]) == page.packed_size(maps)
 
 
 @given(st.text())
 def test_json_in_a_script_element_cannot_end_it_and_comes_back(text):
-    written = html_report.in_script({"text": text})
+    written = page.in_script({"text": text})
     assert not set("<>&\u2028\u2029") & set(written)
     assert json.loads(written) == {"text": text}
 
 
 @given(st.text(max_size=80))
 def test_a_label_holds_nothing_that_is_read_as_a_tag(text):
-    shown = html_figures.label(text)
+    shown = plotly_figures.label(text)
     assert "<" not in shown and ">" not in shown
     short = html.unescape(shown) if "&" not in text else text
     assert short in (text, text[:59] + "…")
@@ -155,40 +171,41 @@ def test_a_page_of_gpt2_small_with_four_texts_stays_under_15_mb(results):
     pattern = np.random.default_rng(0).random((144, 13, 13))
     tokens = [f"token{place}" for place in range(13)]
     big = {**results, "heads": heads, "induction_heads": [], "sequences": results["sequences"][:1] * 4}
-    page = html_report.induction_page(big, [], [text_maps(tokens, {"pattern": pattern})] * 4)
-    assert len(page.encode()) < 6_000_000
+    figures = {"mosaic": mosaic(big_found(12, 12)), "effects": figures_heads.effect_figure(heads, "title")}
+    written = page.induction_page(big, [], [text_maps(tokens, {"pattern": pattern})] * 4, figures)
+    assert len(written.encode()) < 6_000_000
 
 
 def test_what_does_not_fit_is_left_out_and_said(results, monkeypatch):
     pattern = np.zeros((24, 3, 3))
     one = text_maps(["BOS", "a", "b"], {"pattern": pattern})
-    monkeypatch.setattr(html_report, "MOST_PACKED", 2 * html_report.packed_size(pattern))
-    page = html_report.induction_page({**results, "sequences": results["sequences"][:1] * 5}, [], iter([one] * 5))
-    assert page.count('class="tokens"') == 2
-    assert "3 further texts are left out here" in page
+    monkeypatch.setattr(page, "MOST_PACKED", 2 * page.packed_size(pattern))
+    five = {**results, "sequences": results["sequences"][:1] * 5}
+    written = page.induction_page(five, [], iter([one] * 5), {"mosaic": mosaic(big_found(4, 6))})
+    assert written.count('class="tokens"') == 2
+    assert "3 further texts are left out here" in written
 
 
 def test_a_long_text_is_cut_to_its_window_and_says_so(mini):
-    places = html_report.drawn_places(200, [(150, 120), (151, 121)])
+    places = figures_heads.drawn_places(200, [(150, 120), (151, 121)])
     assert places[0] == 0 and len(places) == 49 and {120, 121, 150, 151} <= set(places)
     tokens = np.array([mini.bos, *mini.ordinary()[:199]])
     part = scores.every_pattern(mini, tokens, places)
     (whole,) = scores.patterns(mini, tokens, [(1, 2)])
     np.testing.assert_allclose(part[1, 2], whole[np.ix_(places, places)])
-    one = html_report.TextMaps("text", ["x"] * 200, "said", [], places, {"pattern": part.reshape(-1, 49, 49)})
-    assert f"tokens {places[1]} to {places[-1]} of 199" in html_report._cut(one)
+    one = page.TextMaps("text", ["x"] * 200, "said", [], places, {"pattern": part.reshape(-1, 49, 49)})
+    assert f"tokens {places[1]} to {places[-1]} of 199" in page._cut(one)
 
 
-def test_the_figures_are_what_plotly_knows(results, second):
-    graph_objects = pytest.importorskip("plotly.graph_objects")
-    heads = results["heads"]
-    figures = [html_figures.mosaic(heads), html_figures.effects(heads),
-               *(html_figures.ablation(results["ablation"], kind) for kind in ("mean", "forbid")),
-               html_figures.decomposition(["a", "b"], np.eye(2), "title")]  # fmt: skip
-    for figure in figures:
-        graph_objects.Figure(figure)  # raises for a property that Plotly does not have
-    with pytest.raises(ValueError, match="nonsense"):
-        graph_objects.Figure({**figures[0], "layout": {"nonsense": 1}})
+def test_figures_without_a_section_are_not_on_the_page_and_a_section_has_all_of_its_name(results):
+    shown = mosaic(big_found(4, 6))
+    written = page.induction_page(
+        results, [], [], {"mosaic": shown, "parts_1.0": shown, "parts_1.1": shown, "x": shown}
+    )
+    data = json.loads(re.search('type="application/json" id="page">(.*?)</script>', written)[1])
+    assert set(data["figures"]) == {"mosaic", "parts_1-0", "parts_1-1"}
+    assert written.count("One part of a head replaced") == 1
+    assert all(f'id="{key}"' in written for key in data["figures"])
 
 
 def test_no_plots_leaves_the_page_out(tmp_path, first, second, results):
@@ -201,27 +218,27 @@ def test_no_plots_leaves_the_page_out(tmp_path, first, second, results):
 
 
 def test_the_page_needs_nothing_from_outside(first):
-    page = (first / "report.html").read_text(encoding="utf-8")
-    outside = re.sub(r"<script[^>]*>.*?</script>", "", page, flags=re.DOTALL)
+    written = (first / "report.html").read_text(encoding="utf-8")
+    outside = re.sub(r"<script[^>]*>.*?</script>", "", written, flags=re.DOTALL)
     assert "http://" not in outside and "https://" not in outside and "<link" not in outside
 
 
 def test_the_first_page_renders_says_values_and_follows_clicks(chromium, first, results, mini):
     show(chromium, first / "report.html")
     assert chromium.title == "Induction heads of mini"
-    for figure in ("mosaic", "effects", "ablation-mean", "ablation-forbid", "text-0-pattern", "text-1-pattern"):
+    for figure in FIRST_FIGURES:
         assert chromium.find_elements("css selector", f"#{figure} .main-svg"), figure
     assert [one.text for one in chromium.find_elements("css selector", "section.text h3")] == ["Text 1", "Text 2"]
     heads = results["heads"]
     for head in (max(heads, key=lambda one: one["prefix_matching"]), heads[-1], heads[0]):
-        assert f"head {Head.at(head['layer'], head['head'])}" in hover(chromium, "mosaic", *in_mosaic(results, head))
+        assert f"head {name_of(head)}" in hover(chromium, "mosaic", *in_mosaic(results, head))
         said = chromium.find_element("id", "numbers").text
-        assert f"Head {Head.at(head['layer'], head['head'])}" in said
+        assert f"Head {name_of(head)}" in said
         for column, value in head.items():  # as in heads.csv
             if isinstance(value, float):
                 assert f"{column} {value:.4g}" in said
         click(chromium)
-        assert f"Head {Head.at(head['layer'], head['head'])}:" in chromium.find_element("id", "chosen").text
+        assert f"Head {name_of(head)}:" in chromium.find_element("id", "chosen").text
         (pattern,) = scores.patterns(mini, mini.encode(REPEATS), [(head["layer"], head["head"])])
         seen = np.where(np.tri(len(pattern), dtype=bool), pattern, np.nan)[1:]
         np.testing.assert_allclose(drawn(chromium, "text-0-pattern"), seen, atol=2e-5)
@@ -246,9 +263,12 @@ def test_the_second_page_shows_scores_patterns_and_the_decomposition(chromium, s
     results = json.loads((second / "results.json").read_text(encoding="utf-8"))
     show(chromium, second / "report.html")
     assert chromium.title == f"Layer {results['layer']} of mini"
-    chosen = int(results["decomposition"][0]["head"].split(".")[1])
+    name = results["decomposition"][0]["head"]
+    chosen, under = int(name.split(".")[1]), name.replace(".", "-")
+    for figure in ("text-0-figure-0", "composition", f"circuits_{under}", f"parts_{under}", f"paths_{under}"):
+        assert chromium.find_elements("css selector", f"#{figure} .main-svg"), figure
     tokens = mini.encode(REPEATS)
-    met = qk.interact(mini, tokens[None], results["layer"])
+    met = maps.interact(mini, tokens[None], results["layer"])
     lower = np.tri(len(tokens), dtype=bool)
     for kind, values in (("scores", met.scores), ("pattern", met.pattern)):
         size = np.abs(values[0, chosen][lower]).max()
@@ -258,9 +278,20 @@ def test_the_second_page_shows_scores_patterns_and_the_decomposition(chromium, s
     sources = results["decomposition"][0]["sources"]
     x, y = ((sources.index(top[side]) + 0.5) / len(sources) for side in ("key", "query"))
     said = hover(chromium, "text-0-figure-0", x, y)
-    assert f"part of the lead {top['value']:+.3f}" in said
+    assert f"part of the score advantage {top['value']:+.3f}" in said
     assert browser.complaints(chromium) == []
     assert all(address.startswith(("file:", "data:", "blob:")) for address in browser.requested(chromium))
+
+
+def hostile_figure():
+    """A figure whose texts are markup, wherever a figure has texts."""
+    marks = Marks([0.0], [0.0], "circle", hover=[HOSTILE[2]], names=[HOSTILE[3]], right=[True], heads=[HOSTILE[2]])
+    values = np.zeros((len(HOSTILE), len(HOSTILE)))
+    map_ = Heatmap(values, Scale("Blues", 0.0, 1.0, HOSTILE[2]), [Outline(0, 0, name=HOSTILE[2])],
+                   np.full(values.shape, HOSTILE[2]))  # fmt: skip
+    panel = Panel(Axis(HOSTILE[2], HOSTILE), Axis(HOSTILE[2], HOSTILE), [map_, marks], HOSTILE[2],
+                  headings=[(1, HOSTILE[2])])  # fmt: skip
+    return Figure(HOSTILE[2], [[panel]], 8.0, 6.0, [Entry(HOSTILE[2], "circle", "0.2")], caption=HOSTILE[2])
 
 
 @pytest.fixture(scope="module")
@@ -268,12 +299,13 @@ def hostile_page(results, tmp_path_factory):
     """A page whose tokens, sentences and model name are markup."""
     pattern = np.tril(np.random.default_rng(0).random((24, len(HOSTILE), len(HOSTILE))))
     model = {"name": HOSTILE[1], "source": HOSTILE[2], "fingerprint": "0" * 64}
-    one = html_report.TextMaps(
+    one = page.TextMaps(
         HOSTILE[2], HOSTILE, HOSTILE[2], [(3, 2)], range(len(HOSTILE)), {"pattern": pattern},
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("hostile")
     shown = {**results, "model": model, "sequences": results["sequences"][:1]}
-    html_report.save(html_report.induction_page(shown, [HOSTILE[1]], [one]), folder)
+    figures = {"mosaic": mosaic(big_found(4, 6)), f"parts_{HOSTILE[2]}": hostile_figure()}
+    page.save(page.induction_page(shown, [HOSTILE[1]], [one], figures), folder)
     return folder / "report.html"
 
 
@@ -295,11 +327,11 @@ def test_a_hostile_token_stays_text(chromium, hostile_page):
 
 
 def test_the_policy_stops_what_escaping_might_miss(chromium, hostile_page, tmp_path):
-    page = hostile_page.read_text(encoding="utf-8")
+    written = hostile_page.read_text(encoding="utf-8")
     bad = (
         "<script>document.title='owned'</script><img src='http://127.0.0.1:9/x.png' onerror=\"document.title='owned'\">"
     )
-    for number, content in enumerate((page, re.sub("<meta http-equiv[^>]*>", "", page))):
+    for number, content in enumerate((written, re.sub("<meta http-equiv[^>]*>", "", written))):
         path = tmp_path / f"{number}.html"
         path.write_text(content.replace("</body>", bad + "</body>"), encoding="utf-8")
     show(chromium, tmp_path / "0.html")

@@ -26,59 +26,29 @@ function unpack(packed, places, head) {
     }));
 }
 
-/** Frames around (query, key) cells, as one line with gaps. */
-function frames(cells) {
-  const x = [], y = [];
-  for (const [query, key] of cells) {
-    x.push(key - .5, key + .5, key + .5, key - .5, key - .5, null);
-    y.push(query - .5, query - .5, query + .5, query + .5, query - .5, null);
-  }
-  return { type: "scatter", mode: "lines", x, y, line: { color: page.mark, width: 2 }, hoverinfo: "skip", showlegend: false };
-}
-
 function describe(text, kind, query, key, value) {
   const at = (place) => `<b>${text.labels[place]}</b> (${text.places[place]})`;
   const induction = text.cells.some(([q, k]) => q === query && k === key);
-  return `query ${at(query)}<br>key ${at(key)}<br>${page.kinds[kind].unit} ${value === null ? "" : value.toFixed(3)}` +
+  return `query ${at(query)}<br>key ${at(key)}<br>${page.units[kind]} ${value === null ? "" : value.toFixed(3)}` +
     (induction ? "<br>induction cell: the token after an earlier copy" : "");
 }
 
-/** The traces of a map: BOS on a scale of its own, the other keys, the induction cells. */
-function traces(text, kind, values) {
-  const { colours, bos, signed, unit } = page.kinds[kind];
+/** The figure of a text's map, filled with the values of one head; BOS has no row and does not set the colours. */
+function drawMap(text, number, kind, head) {
+  const { data, layout } = text.figures[kind];
+  const values = unpack(text.maps[kind], text.labels.length, head);
   const queries = values.map((_, query) => query).slice(1);
-  const columns = (keys) => ({
-    type: "heatmap", x: keys, y: queries, xgap: 1, ygap: 1, hoverongaps: false, hoverinfo: "text",
-    z: queries.map((query) => keys.map((key) => values[query][key])),
-    hovertext: queries.map((query) => keys.map((key) => describe(text, kind, query, key, values[query][key]))),
-  });
   const inside = queries.flatMap((query) => values[query].slice(1)).filter((value) => value !== null);
   const limit = inside.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-6);
-  const low = signed ? -limit : 0;
-  const bar = { title: { text: unit, side: "right" }, thickness: 10, len: .9 };
-  return [
-    { ...columns([0]), colorscale: bos, zmin: signed ? low : 0, zmax: signed ? limit : 1, showscale: false },
-    { ...columns(queries), colorscale: colours, zmin: low, zmax: limit, colorbar: bar },
-    frames(text.cells),
-  ];
-}
-
-function drawMap(text, number, kind, head) {
-  const places = text.labels.length;
-  const side = Math.max(13, Math.min(30, Math.floor(420 / places)));
-  const room = 7 * Math.max(...text.short.map((one) => one.length));
-  const ticks = { tickmode: "array", tickvals: [...text.labels.keys()], ticktext: text.short, zeroline: false,
-    showgrid: false, tickfont: { size: side > 15 ? 11 : 9 } };
-  const layout = {
-    title: { text: `${page.kinds[kind].title} of head ${page.heads[head].name}`, font: { size: 13 } },
-    width: side * places + room + 135, height: side * (places - 1) + room + 90,
-    margin: { l: room + 45, r: 90, t: 40, b: room + 50 },
-    xaxis: { ...ticks, range: [-.5, places - .5], tickangle: -90, title: { text: "key (attended to)" } },
-    yaxis: { ...ticks, range: [places - .5, .5], title: { text: "query (attends)" } },
-    shapes: [{ type: "line", x0: .5, x1: .5, y0: .5, y1: places - .5, line: { color: "black", width: 1 } }],
-  };
-  const values = unpack(text.maps[kind], places, head);
-  Plotly.react(`text-${number}-${kind}`, traces(text, kind, values), layout, config);
+  const filled = data.map((trace) => ({
+    ...trace,
+    z: queries.map((query) => trace.x.map((key) => values[query][key])),
+    hovertext: queries.map((query) => trace.x.map((key) => describe(text, kind, query, key, values[query][key]))),
+    ...(trace.showscale && { zmin: trace.zmin < 0 ? -limit : 0, zmax: limit }),
+  }));
+  const words = `${kind[0].toUpperCase()}${kind.slice(1)} of head ${page.heads[head].name}`;
+  const title = { ...layout.title, text: words };
+  Plotly.react(`text-${number}-${kind}`, filled, { ...layout, title }, config);
 }
 
 /** Every number of a head, beside the mosaic. */

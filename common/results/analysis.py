@@ -1,0 +1,198 @@
+"""What both analyses share: how they begin (texts, rows at once, an earlier run), what they say on the way, and what
+every result can do (table, figures, page, files)."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import jsonschema
+
+from common import UserError
+from common.attention.batches import batch_size as rows_that_fit
+from common.heads.statistics import Ints
+from common.heads.tokens import ROW_LENGTH
+from common.results import files, page, spec
+from common.results.draw import draw, save
+from common.results.tables import Screenful, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    from common.loading.model import Model
+
+SCHEMA = 2  # of results.json; since 1, `lead` became `score_advantage`, `forbid` `knockout`, and `arguments` came
+PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "scikit-learn", "matplotlib")
+EFFECTS = Path(__file__).with_name("effects.schema.json")
+
+
+class Note(NamedTuple):
+    """Something to know while it runs; a `warning` is something that the results need to be read with."""
+
+    text: str
+    warning: bool = False
+
+
+# A run of minutes says what it leaves out when it does so; a notebook reads it in the result afterwards.
+class Notes(list[Note]):
+    """Keeps notes and passes each on at once."""
+
+    def __init__(self, hear: Callable[[Note], None]):
+        super().__init__()
+        self._hear = hear
+
+    def say(self, text: str, warning: bool = False) -> None:
+        self.append(Note(text, warning))
+        self._hear(self[-1])
+
+    def warn(self, text: str) -> None:
+        self.say(text, warning=True)
+
+
+def ignore(note: Note) -> None:
+    """Hear a note and do nothing."""
+
+
+@dataclass(frozen=True, repr=False)
+class Provenance(Screenful):
+    """What a reader needs to repeat an analysis.
+
+    `fused_attention`: whether scores were read in blocks behind fused attention, which is now so for every model;
+    `wall_seconds`: of the analysis, without loading and drawing; `arguments`: what the function was called with.
+    """
+
+    schema: int
+    seed: int
+    versions: dict[str, str]
+    model: dict[str, str]
+    fused_attention: bool
+    device: str
+    dtype: str
+    wall_seconds: float
+    arguments: dict[str, object]
+
+    @classmethod
+    def of(cls, model: Model, seed: int, started: float, arguments: dict[str, object]) -> Provenance:
+        """Of an analysis that `started` at that time.monotonic() and ends now."""
+        return cls(
+            schema=SCHEMA, seed=seed,
+            versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            model={"name": model.name, "source": model.source, "fingerprint": model.fingerprint},
+            fused_attention=True, device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            wall_seconds=round(time.monotonic() - started, 2), arguments=arguments,
+        )  # fmt: skip
+
+    def summary(self) -> Iterable[str]:
+        yield f"{self.model['name']} ({self.model['source']}), {self.dtype} on {self.device}, {self.wall_seconds:.0f} s"
+        yield f"arguments: {self.arguments}"
+
+
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class Analysis(Screenful, ABC):
+    """A result: `model` is kept because figures and page read patterns from it; `notes`: what came up on the way;
+    `missing`: what Ctrl-C kept from being measured (give as_json() as `earlier` to go on)."""
+
+    model: Model
+    provenance: Provenance
+    notes: tuple[Note, ...]
+    missing: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def figures(self) -> list[str]:
+        """The names that `figure` takes."""
+
+    @abstractmethod
+    def page(self) -> str:
+        """report.html: one page of HTML with the figures in it, which needs no network."""
+
+    @abstractmethod
+    def rows(self) -> dict[str, dict[str, object]]:
+        """By the name of a head ("5.1"), its row of `table`."""
+
+    @abstractmethod
+    def content(self, written: Sequence[str]) -> dict[str, object]:
+        """What is special to the analysis in results.json."""
+
+    @abstractmethod
+    def specified(self, names: Sequence[str]) -> Iterator[tuple[str, spec.Figure]]:
+        """What these of `figures` show, each with its name, in any order."""
+
+    def table(self) -> DataFrame:
+        """One row per head, indexed by its name ("5.1")."""
+        from pandas import DataFrame
+
+        return DataFrame.from_dict(self.rows(), orient="index")
+
+    def figure(self, name: str) -> Figure:
+        """Draw one of `figures`. Raises UserError for another name."""
+        if name not in self.figures:
+            raise UserError(f"no figure {name!r}: there are {', '.join(self.figures)}")
+        return draw(dict(self.specified([name]))[name])
+
+    def as_json(self, written: Sequence[str] = (), argv: Sequence[str] = ()) -> dict[str, object]:
+        """What results.json holds, by the JSON schema beside this module. `written`: the names of the files beside it;
+        `argv`: the command of a script."""
+        command = {"argv": argv} if argv else {}  # from Python there is no command to repeat
+        return files.jsonable({**asdict(self.provenance), **command, **self.content(written), "files": written})
+
+    def write(
+        self, folder: str | Path, write_more: Callable[[Path], None], pictures: bool, argv: Sequence[str]
+    ) -> list[str]:
+        """Write results.json, what `write_more` writes and, with `pictures`, PNGs and report.html; the files' names."""
+        with files.output_folder(Path(folder)) as staging:
+            write_more(staging)  # tables first: a full disk is met before minutes of drawing
+            if pictures:
+                for name, figure in self.specified(self.figures):
+                    save(figure, staging / f"{name}.png")
+                page.save(self.page(), staging)
+            return files.write_results(staging, lambda written: self.as_json(written, argv))
+
+
+def encode(model: Model, texts: Sequence[str], notes: Notes) -> list[tuple[str, Ints]]:
+    """Each text with its ids. Texts of fewer than two tokens are left out with a warning.
+
+    Raises UserError where a text is longer than the context, or where texts were given and none is left.
+    """
+    kept = []
+    for number, text in enumerate([texts] if isinstance(texts, str) else texts, start=1):
+        tokens = model.encode(text)
+        if len(tokens) > model.context:
+            raise UserError(
+                f"text {number} has {len(tokens)} tokens with BOS and {model.name} reads at most {model.context}: "
+                "shorten it or split it"
+            )
+        if len(tokens) >= 3:  # BOS and two tokens: one cannot come again
+            kept.append((text, tokens))
+            continue
+        few = f"has {len(tokens) - 1} tokens, at least 2 are needed: left out"
+        notes.warn(f"text {number} ({shortened(text)!r}) {few}")
+    if texts and not kept:
+        raise UserError("no text to analyse: give at least one text of two tokens or more")
+    return kept
+
+
+def rows_at_once(model: Model, encoded: Sequence[tuple[str, Ints]], asked: int | None) -> int:
+    """Rows per forward pass: as asked for, else as many as fit for the longest text and the battery's rows."""
+    # The battery's rows go through the same model, and are often longer than the texts.
+    return asked or rows_that_fit(model, max([ROW_LENGTH, *(len(tokens) for _, tokens in encoded)]))
+
+
+def resumable(effects: object, metrics: Mapping[bool, int]) -> bool:
+    """Whether `effects` of an earlier results.json can be used again: whole effects by the schema, and of each head as
+    many as there are `metrics`, where the key says whether it is a path's. People edit files, and disks fill up."""
+    if not jsonschema.Draft202012Validator(json.loads(EFFECTS.read_text(encoding="utf-8"))).is_valid(effects):
+        return False
+    assert isinstance(effects, list)  # the schema says so; mypy does not know
+    found = Counter((one["name"], *one["heads"], one.get("sender")) for one in effects)
+    return all(count == metrics[sender is not None] for (*_, sender), count in found.items())

@@ -1,0 +1,297 @@
+"""report.html: one page per run that opens offline from a file, with Plotly inside it.
+
+1. Maps (patterns, scores) are cut to the tokens drawn and packed: the cells at and below the diagonal, each a 16-bit
+   whole number of 1/32767 of the map's largest absolute value, in base64. A pattern so packed is off by less than
+   0.00002. The page unpacks a head's maps when the head is chosen.
+2. All other figures are those of the PNG files, by `plotly_figures`; page.js draws them.
+3. Everything that comes from a text, a tokenizer or a model's name is data: escaped for HTML; inside the JSON with no
+   `<`, `>` or `&`, so that nothing in it ends the script element; in figures with nothing that Plotly reads as a tag.
+   A content security policy lets the page's own two scripts run, by their hashes, and lets it load nothing.
+
+Plotly, because one library draws heatmaps, scatters and intervals, all with values on hovering. CircuitsVis shows
+attention only, and a page of its own has no way to tie a pattern to a click in another figure.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+from common.attention.head import Head
+from common.heads.statistics import Floats
+from common.results.figures_heads import UNITS, Places, Row, map_panel, name_of, number, numbers, side_of
+from common.results.files import jsonable
+from common.results.plotly_figures import Drawn, label, plotly
+from common.results.spec import Figure
+
+FILE = "report.html"
+MOST_TEXTS = 24  # texts in one page
+MOST_PACKED = 8_000_000  # characters of packed maps in one page
+LONGEST_TOKEN = 16  # characters of a token on an axis; hovering shows more of it
+FULL = 32767
+MISSING = -32768
+HERE = Path(__file__).parent
+
+# Start of a figure's name -> heading and hint of its section. Figures of other names are not on the page: what they
+# show of a text, the page shows of every head.
+SECTIONS = {
+    "effects": ("Looking like induction, and doing it", "A mark per head: prefix matching against what the head does "
+                "to the logit of the token that comes again. Far to the right near 0: looks, does nothing."),
+    "ablation": ("Without its induction heads", "How much worse the model predicts. Random heads of the same layers "
+                 "should change nothing."),
+    "thresholds": ("Each head against its own threshold", "The threshold comes from rows without a repeat."),
+    "budget": ("Where attention goes", "The parts of each bar sum to 1."),
+    "circuits": ("What the weights say", "Scores of tokens by themselves, without a text around them."),
+    "composition": ("Which earlier heads the layer reads", "Compared with random rotations of the same weights."),
+    "parts": ("One part of a head replaced", "What matters of a head: its query, its key, its pattern or its values."),
+    "paths": ("Paths into the head", "One input of the head is made to see an earlier head at its mean."),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextMaps:
+    """What the page shows of one text.
+
+    `text`, its `tokens`, and a sentence `said` of it; `cells`: its induction cells (query, key); `places`: the
+    positions drawn, BOS first (`figures_heads.drawn_places`); `maps`: kind ("scores", "pattern") -> [head, place,
+    place], NaN where a query may not see; `figures`: further figures of the text.
+    """
+
+    text: str
+    tokens: Sequence[str]
+    said: str
+    cells: Places
+    places: Sequence[int]
+    maps: Mapping[str, Floats]
+    figures: Sequence[Figure] = ()
+
+
+def induction_page(results: Row, said: Sequence[str], texts: Iterable[TextMaps], figures: Mapping[str, Figure]) -> str:
+    """The page of the first script: mosaic, patterns of every head on every text, what heads do.
+
+    `results`: as for results.json; `said`: sentences on the whole; `texts`: with maps of all heads, layer by layer;
+    `figures`: by name, `mosaic` among them; those that `SECTIONS` names are shown.
+    """
+    hint = (
+        "A square per head; darker: more prefix matching, the attention paid to the tokens after earlier copies. Hover "
+        "for its numbers; click for its patterns. A score says where a head looks, not what it does with it."
+    )
+    mosaic = _section("Every head", hint, ["mosaic"], '<table id="numbers"></table>')
+    strongest = max(results["heads"], key=lambda head: head["prefix_matching"] or 0.0)
+    chosen = str(results["induction_heads"][0]) if results["induction_heads"] else name_of(strongest)
+    return _page(results, "Induction heads of", [*map(_paragraph, said), mosaic], figures, chosen, texts)
+
+
+def qk_page(
+    results: Row, chosen: int, said: Sequence[str], texts: Iterable[TextMaps], figures: Mapping[str, Figure]
+) -> str:
+    """The page of the second script: scores and pattern of every head of the layer, what they are made of, weights and
+    interventions. `chosen`: the head shown first; the rest as for `induction_page`, with the heads of the layer alone.
+    """
+    head = str(Head.at(results["layer"], chosen))
+    return _page(results, f"Layer {results['layer']} of", [*map(_paragraph, said)], figures, head, texts)
+
+
+def takes(name: str) -> bool:
+    """Whether a figure of this name is shown on the page."""
+    return name.split("_")[0] in ("mosaic", *SECTIONS)
+
+
+def save(page: str, folder: Path) -> None:
+    """Write the page as `FILE` into `folder`; what UTF-8 cannot hold becomes a question mark."""
+    (folder / FILE).write_text(page, encoding="utf-8", errors="replace")
+
+
+# --- data for the scripts ---
+
+
+def affordable(texts: Iterable[TextMaps], count: int) -> tuple[list[TextMaps], int]:
+    """The first of `count` texts, as many as one page holds, and how many are left out."""
+    shown: list[TextMaps] = []
+    room = MOST_PACKED
+    for one in texts:
+        room -= sum(packed_size(maps) for maps in one.maps.values())
+        if shown and (room < 0 or len(shown) == MOST_TEXTS):
+            break
+        shown.append(one)
+    return shown, count - len(shown)
+
+
+def packed_size(maps: Floats) -> int:
+    """Characters that `pack` makes of maps [head, place, place]."""
+    heads, places, _ = maps.shape
+    return -(-heads * places * (places + 1) // 3) * 4
+
+
+def pack(maps: Floats) -> dict[str, object]:
+    """Maps [head, place, place] as {`scale`: per head, `codes`: base64}; see the module's first step. NaN is kept."""
+    row, column = np.tril_indices(maps.shape[1])
+    cells = maps[:, row, column]
+    seen = np.isfinite(cells)
+    # A map of zeros gets the smallest scale there is: dividing by it gives zeros again.
+    scale = np.maximum(np.abs(np.where(seen, cells, 0.0)).max(1), np.finfo(np.float32).tiny)
+    codes = np.where(seen, np.rint(np.where(seen, cells, 0.0) / scale[:, None] * FULL), MISSING).astype("<i2")
+    return {"scale": scale.tolist(), "codes": base64.b64encode(codes.tobytes()).decode("ascii")}
+
+
+def in_script(content: object) -> str:
+    """JSON that may stand inside a script element: ASCII alone, with no `<`, `>` or `&` in it."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def policy(scripts: Iterable[str]) -> str:
+    """A content security policy under which these scripts run, and no other, and nothing is fetched."""
+    hashes = (base64.b64encode(hashlib.sha256(one.encode("utf-8")).digest()).decode("ascii") for one in scripts)
+    allowed = " ".join(f"'sha256-{one}'" for one in hashes)
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+def _page(
+    results: Row, what: str, above: Sequence[str], figures: Mapping[str, Figure], chosen: str,
+    texts: Iterable[TextMaps],
+) -> str:  # fmt: skip
+    from plotly.offline import get_plotlyjs  # 5 MB, read only where a page is written
+
+    results = jsonable(results)
+    heads, (shown, left_out) = results["heads"], affordable(texts, len(results["sequences"]))
+    parts = {start: [name for name in figures if name.split("_")[0] == start] for start in ("mosaic", *SECTIONS)}
+    below = [
+        _section(*SECTIONS[start], map(_id, names)) for start, names in parts.items() if start != "mosaic" and names
+    ]
+    drawn = {_id(name): plotly(figures[name]) for names in parts.values() for name in names}
+    drawn |= {key: plotly(figure) for key, _, figure in _further(shown)}
+    data = {
+        "units": UNITS,
+        "heads": [{"name": name_of(head), "layer": head["layer"], "head": head["head"], "line": _line(head),
+                   "numbers": numbers(head)} for head in heads],
+        "chosen": [name_of(head) for head in heads].index(chosen),
+        "figures": drawn,
+        "texts": [_text_data(one) for one in shown],
+    }  # fmt: skip
+    scripts = get_plotlyjs(), (HERE / "page.js").read_text(encoding="utf-8")
+    filled = {
+        "policy": policy(scripts),
+        "title": html.escape(f"{what} {results['model']['name']}"),
+        "provenance": html.escape(_provenance(results)),
+        "body": "\n".join([*above, _chooser(heads), _text_sections(shown, left_out), *below]),
+        "data": in_script(data),
+        "plotly": scripts[0],
+        "script": scripts[1],
+    }
+    return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(filled)
+
+
+def _provenance(results: Row) -> str:
+    model, versions = results["model"], results["versions"]
+    return (
+        f"{model['name']}: {model['source']}; weights {str(model['fingerprint'])[:16]}; seed {results['seed']}; "
+        f"{results['dtype']} on {results['device']}; TransformerLens {versions['transformer-lens']}, "
+        f"torch {versions['torch']}"
+    )
+
+
+def _line(head: Row) -> str:
+    """One head in one line."""
+    verdict = head.get("verdict", "induction" if head["induction"] else "none")
+    kind = "fits none of these types" if verdict == "none" else f"{verdict} head"
+    return f"Head {name_of(head)}: {kind}, prefix matching {number(head['prefix_matching'])}"
+
+
+def _text_data(one: TextMaps) -> dict[str, object]:
+    """A text for the script: its labels escaped for Plotly, cells counted in drawn places, maps packed, and for each
+    kind of map a figure that the script fills with the values of the head that is chosen."""
+    at = {place: index for index, place in enumerate(one.places)}
+    tokens = [one.tokens[place] for place in one.places]
+    short = [token if len(token) <= LONGEST_TOKEN else token[: LONGEST_TOKEN - 1] + "…" for token in tokens]
+    cells = [(at[query], at[key]) for query, key in one.cells if query in at and key in at]
+    side = max(4.8, side_of(len(tokens)))  # short texts larger than on paper: cells are hovered over
+    panels = {kind: map_panel(kind, maps[0], short, cells) for kind, maps in one.maps.items()}
+    return {
+        "labels": [label(token) for token in tokens],
+        "places": list(one.places),
+        "cells": cells,
+        "maps": {kind: pack(maps) for kind, maps in one.maps.items()},
+        "figures": {kind: _empty(Figure(kind, [[panel]], side + 0.4, side)) for kind, panel in panels.items()},
+    }
+
+
+def _empty(figure: Figure) -> Drawn:
+    """A figure of maps without their values, which the script unpacks."""
+    drawn = plotly(figure)
+    return {"data": [{**trace, "z": [], "hovertext": []} for trace in drawn["data"]], "layout": drawn["layout"]}
+
+
+def _further(texts: Sequence[TextMaps]) -> Iterator[tuple[str, int, Figure]]:
+    """Each text's further figures: the id of its element, the number of the text, the figure."""
+    for text, one in enumerate(texts):
+        for place, figure in enumerate(one.figures):
+            yield f"text-{text}-figure-{place}", text, figure
+
+
+# --- HTML; what is not written here is escaped here ---
+
+
+def _id(name: str) -> str:
+    """A figure's name as the id of its element: without dots, which a CSS selector would read as a class."""
+    return name.replace(".", "-")
+
+
+def _paragraph(text: str, css: str = "") -> str:
+    return f"<p{css and f' class={css}'}>{html.escape(text)}</p>"
+
+
+def _section(title: str, hint: str, figures: Iterable[str], beside: str = "") -> str:
+    inside = "".join(f'<div class="figure" id="{html.escape(figure)}"></div>' for figure in figures)
+    shown = f'<div class="side">{inside}{beside}</div>'
+    return f"<section><h2>{html.escape(title)}</h2>{_paragraph(hint, 'hint')}{shown}</section>"
+
+
+def _chooser(heads: Sequence[Row]) -> str:
+    options = "".join(f'<option value="{place}">{name_of(head)}</option>' for place, head in enumerate(heads))
+    return (
+        '<section><h2>One head on each text</h2><p class="choose"><label>Head <select id="head">'
+        f'{options}</select></label> <span id="chosen" aria-live="polite"></span></p>'
+        "<p class=hint>A row per query, a column per key. Outlined: induction cells, the tokens after earlier copies "
+        "of the query. The BOS column stands apart: most heads rest there. Blank: a query may not see it. "
+        "Hover for values.</p></section>"
+    )
+
+
+def _text_sections(texts: Sequence[TextMaps], left_out: int) -> str:
+    sections = []
+    for text, one in enumerate(texts):
+        ids = [f"text-{text}-{kind}" for kind in one.maps] + [key for key, of, _ in _further(texts) if of == text]
+        inside = "".join(f'<div class="figure" id="{key}"></div>' for key in ids)
+        sections.append(
+            f'<section class="text"><h3>Text {text + 1}</h3>{_tokens(one)}{_paragraph(one.said)}'
+            f'{_cut(one)}<div class="side">{inside}</div></section>'
+        )
+    if left_out:
+        sections.append(_paragraph(f"{left_out} further texts are left out here; results.json has them.", "hint"))
+    return f'<div class="texts">{"".join(sections)}</div>'
+
+
+def _tokens(one: TextMaps) -> str:
+    """The tokens in order; those with an induction cell as a query are framed."""
+    queries = {query for query, _ in one.cells}
+    items = (
+        f"<li{' class=repeat' if place in queries else ''}><bdi>{html.escape(token)}</bdi></li>"
+        for place, token in enumerate(one.tokens)
+    )
+    return f'<ol class="tokens">{"".join(items)}</ol>'
+
+
+def _cut(one: TextMaps) -> str:
+    if len(one.places) == len(one.tokens):
+        return ""
+    drawn = f"The maps show tokens {one.places[1]} to {one.places[-1]} of {len(one.tokens) - 1}, and BOS."
+    return _paragraph(drawn, "hint")

@@ -1,0 +1,157 @@
+"""find_induction_heads from Python: the result as table, figure, page, files and repr."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from common import UserError
+from common.attention.head import Head
+from common.results import InductionHeads, find_induction_heads
+from common.results.analysis import Note, resumable
+from common.results.tables import HeadRow
+from tests.results import schemas
+from tests.results.schemas import fits_a_screen
+
+TEXTS = ["the cat sat the cat sat", "one two three"]
+
+
+@pytest.fixture(scope="module")
+def heard() -> list[Note]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def found(mini, heard) -> InductionHeads:
+    return find_induction_heads(mini, [*TEXTS, "a"], batch_size=8, ablate=False, hear=heard.append)
+
+
+def test_the_heads_of_mini_are_found_and_named(found):
+    assert found.induction_heads == (Head.at(1, 0), Head.at(1, 1))
+    assert [head.name for head in found.heads if head.induction] == ["1.0", "1.1"]
+    assert len(found.heads) == found.survey.found.score.size
+    assert [text.text for text in found.texts] == TEXTS
+    assert set(found.texts[0].induction_at_work) <= set(found.induction_heads) and found.texts[1].queries == 0
+    assert found.metrics.f1 >= 0.8 and found.ablation is None and found.missing == ()
+
+
+def test_notes_are_told_at_once_and_kept(found, heard):
+    assert list(found.notes) == heard == [Note("text 3 ('a') has 1 tokens, at least 2 are needed: left out", True)]
+
+
+def test_the_table_has_a_row_per_head_with_its_name(found):
+    table = found.table()
+    assert table.loc["1.0", "verdict"] == "induction"
+    assert list(table.index[table["induction"]]) == ["1.0", "1.1"]
+    assert table["prefix_matching"].to_numpy().reshape(found.survey.found.score.shape) == pytest.approx(
+        found.survey.found.score
+    )
+    assert (table["total_effect_low"] <= table["total_effect_high"]).all()
+
+
+def test_rows_are_the_arrays_of_the_survey_head_by_head(found):
+    """A slow oracle: every number of every row looked up where it was measured."""
+    detected, evidence = found.survey.found, found.survey.evidence
+    for head in found.heads:
+        at = head.layer, head.head
+        assert head.prefix_matching == detected.score[at] and head.threshold == detected.threshold[at]
+        assert head.verdict == detected.verdict[at] and head.induction == detected.induction[at]
+        assert head.total_effect == pytest.approx(evidence.total.mean(0)[at])
+        assert head.first_token == evidence.repeats.mean("first_token")[at]
+        assert head.budget_bos == evidence.repeats.budget()["bos"][at]
+    shuffled = np.roll(detected.score, 1)
+    assert any(head.prefix_matching != shuffled[head.layer, head.head] for head in found.heads)
+
+
+def test_figures_are_listed_drawn_by_name_and_refused_by_name(found):
+    assert found.figures == ["mosaic", "thresholds", "budget", "precision_recall", "attention_01", "attention_02",
+                             "effects"]  # fmt: skip
+    assert "mini" in found.figure("mosaic").axes[0].get_title()
+    assert "1.0" in found.figure("attention_01").axes[0].get_title()
+    with pytest.raises(UserError, match=r"no figure 'heatmap': there are mosaic, .*effects"):
+        found.figure("heatmap")
+
+
+def test_the_page_is_one_string_of_html(found):
+    page = found.page()
+    assert page.lstrip().lower().startswith("<!doctype html>") and "Induction heads of mini" in page
+
+
+def test_saving_writes_the_files_that_results_json_lists(found, tmp_path):
+    names = found.save(tmp_path / "o", pictures=False)
+    assert names == ["heads.csv", "results.json"] == sorted(path.name for path in (tmp_path / "o").iterdir())
+    held = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert held == json.loads(json.dumps(found.as_json(names))) and held["files"] == names
+
+
+def test_as_json_follows_the_schema_and_has_no_argv_without_a_script(found):
+    content = json.loads(json.dumps(found.as_json()))
+    schemas.check("induction", content)
+    assert "argv" not in content and content["arguments"]["ablate"] is False and content["dtype"] == "float32"
+    with pytest.raises(AssertionError):
+        schemas.check("induction", {**content, "schema": 1})
+    with pytest.raises(AssertionError):
+        schemas.check("induction", {**content, "heads": [{**content["heads"][0], "verdict": "sure"}]})
+
+
+def test_every_repr_fits_a_screen_and_says_what_was_found(found):
+    for one in (found, found.heads[6], found.texts[0], found.texts[0].heads[6], found.provenance):
+        fits_a_screen(one)
+    assert "2 induction heads: 1.0" in repr(found) and "induction is at work" in repr(found.texts[0])
+    assert "head 1.0: induction" in repr(found.heads[6])
+
+
+def test_a_repr_of_much_is_cut():
+    class Much(HeadRow):
+        def summary(self):
+            yield from ("word " * 100 for _ in range(100))
+
+    fits_a_screen(Much(0, 0, *[0.0] * 22))
+    assert repr(Much(0, 0, *[0.0] * 22)).endswith("…")
+
+
+def test_without_texts_the_heads_alone(random_gpt2):
+    found = find_induction_heads(random_gpt2, batch_size=8, labels="none")
+    assert found.texts == () and found.induction_heads == () and found.metrics is None
+    assert "No head of this model" in repr(found)
+    schemas.check("induction", json.loads(json.dumps(found.as_json())))
+
+
+def test_a_hand_built_model_without_one_and_without_a_repeat_follow_the_schema(hand_built):
+    built, model = hand_built(1)
+    found = find_induction_heads(model, "a b c", batch_size=8)
+    schemas.check("induction", json.loads(json.dumps(found.as_json())))
+    assert {head.place for head in found.induction_heads} == set(built.heads("induction"))
+    assert found.texts[0].queries == 0 and "no token comes again" in found.texts[0].sentence()
+
+
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"sequences": ["a"]}, "no text to analyse"),
+    ({"sequences": ["a b " * 2000]}, "reads at most"),
+    ({"labels": "does-not-exist.json"}, "cannot read labels"),
+])  # fmt: skip
+def test_what_cannot_be_analysed_is_a_user_error(mini, options, reason):
+    with pytest.raises(UserError, match=reason):
+        find_induction_heads(mini, **options)
+
+
+def effect(**changes):
+    control = {"effect": 0.0, "interval": [0.0, 0.0], "heads": [["0.1"]]}
+    return {"name": "mean", "heads": ["1.0"], "metric": "loss", "clean": 1.0, "effect": 2.0, "interval": [1.0, 3.0],
+            "rows": 16, "control": control, "note": None, **changes}  # fmt: skip
+
+
+def test_effects_of_an_earlier_run_are_used_again_only_where_they_are_whole():
+    assert resumable([], {False: 1}) and resumable([effect()], {False: 1})
+    assert resumable([effect(control=None, note="none left")], {False: 1})
+    assert resumable([effect(), effect(sender="0.1"), effect(sender="0.1", metric="b")], {False: 1, True: 2})
+    assert not resumable([effect()], {False: 2}), "half of the metrics"
+    wrong = [{"heads": 3}, {"heads": "1.0"},
+             {"clean": None}, {"effect": "2"}, {"interval": [1.0]}, {"interval": None}, {"control": {}},
+             {"control": 3}, {"note": 3}, {"rows": 1.5}, {"more": 1}, {"metric": []}]  # fmt: skip
+    for change in wrong:
+        assert not resumable([effect(**change)], {False: 1}), change
+    for broken in (None, 3, "text", {}, [3], [[]], ["text"], [{}], [None]):
+        assert not resumable(broken, {False: 1, True: 1}), broken
