@@ -106,15 +106,22 @@ class Door:
         shared = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
         self.network = copy.deepcopy(network, shared).eval()
         self._names = {module: name for name, module in self.network.named_modules()}
-        self._two_stacks = bool(getattr(self.network.config, "is_encoder_decoder", False))
         if not lead_to(self.network, attend):
-            try:
-                self.network.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
-            except (ValueError, AttributeError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"the attention of {type(network).__name__} cannot be read or edited: transformers does not let it "
-                    f"be exchanged ({error})"
-                ) from None
+            self._exchange(type(network).__name__)
+        self._two_stacks = bool(getattr(self.network.config, "is_encoder_decoder", False))
+
+    def _exchange(self, name: str) -> None:
+        reason = "it computes attention inside its own modules"
+        try:
+            self.network.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
+            reason = str(error)
+        # transformers only logs a warning for families such as XLNet, and goes on with their own attention.
+        if getattr(getattr(self.network, "config", None), "_attn_implementation", None) != IMPLEMENTATION:
+            raise UserError(
+                f"the attention of {name} cannot be read or edited: transformers does not let it be exchanged "
+                f"({reason})"
+            )
 
     def place_of(self, module: nn.Module) -> Place:
         """Where an attention module stands, by its name, such as `decoder.block.3.layer.1.EncDecAttention`."""

@@ -109,6 +109,8 @@ def test_a_row_without_repeats_has_no_prefix_matching_score(random_gpt2):
 def test_no_hook_is_left_behind(random_gpt2):
     drawn = battery(random_gpt2.ordinary(), random_gpt2.bos, rows=2, length=16, seed=0)
     scores.score(random_gpt2, drawn.repeats, batch_size=2)
+    modules = random_gpt2.door.network.modules()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
     assert not any(point.fwd_hooks for point in random_gpt2.bridge.hook_dict.values())
 
 
@@ -116,32 +118,37 @@ def test_logits_are_never_computed(random_gpt2, batch):
     def refuse(*args):
         raise AssertionError("the unembedding ran")
 
-    watch = random_gpt2.bridge.original_model.lm_head.register_forward_pre_hook(refuse)
+    watch = random_gpt2.door.network.lm_head.register_forward_pre_hook(refuse)
     try:
         scores.score(random_gpt2, batch, batch_size=3)
         with pytest.raises(AssertionError, match="unembedding"):
-            random_gpt2.bridge.original_model(torch.tensor(batch.tokens))
+            random_gpt2.logits(batch.tokens)
     finally:
         watch.remove()
 
 
 class FakeModel:
-    """A model of one layer whose heads' patterns are given: the traps need exact heads."""
+    """A model of one layer whose heads' patterns are given, in blocks of two queries: the traps need exact heads."""
 
     n_layers = 1
-    trunk = None
     device = torch.device("cpu")
 
     def __init__(self, pattern: np.ndarray):
-        self.pattern = torch.from_numpy(pattern)
+        self.pattern = torch.from_numpy(pattern)[None]
         self.n_heads = pattern.shape[0]
 
+    def read(self, tokens: np.ndarray, reader) -> None:
+        assert self.pattern.shape[2] == tokens.shape[1]
+        reader(0, self)
 
-def fake_scores(monkeypatch, heads: np.ndarray, row: list[int]) -> scores.HeadScores:
+    def blocks(self):
+        for start in range(0, self.pattern.shape[2], 2):
+            yield start, self.pattern[:, :, start : start + 2]
+
+
+def fake_scores(heads: np.ndarray, row: list[int]) -> scores.HeadScores:
     """Scores of heads with the patterns `heads`, [head, query, key], on BOS and `row`."""
-    monkeypatch.setattr(scores, "read_patterns", lambda model, tokens, read: read(0, model.pattern[None]))
-    batch = TokenBatch.of([np.array([0, *row])], pad=0)
-    return scores.score(FakeModel(heads), batch, batch_size=1)
+    return scores.score(FakeModel(heads), TokenBatch.of([np.array([0, *row])], pad=0), batch_size=1)
 
 
 def looking_at(keys: list[int]) -> np.ndarray:
@@ -152,27 +159,27 @@ def looking_at(keys: list[int]) -> np.ndarray:
 REPEATED = [7, 8, 9, 7, 8, 9]  # with BOS in front: the targets of queries 4, 5, 6 are 2, 3, 4
 
 
-def test_a_perfect_head_scores_one(monkeypatch):
+def test_a_perfect_head_scores_one():
     perfect = looking_at([0, 0, 0, 0, 2, 3, 4])[None]
-    assert fake_scores(monkeypatch, perfect, REPEATED).mean("prefix_matching").item() == 1.0
+    assert fake_scores(perfect, REPEATED).mean("prefix_matching").item() == 1.0
 
 
-def test_looking_at_the_copy_itself_is_not_induction(monkeypatch):
+def test_looking_at_the_copy_itself_is_not_induction():
     duplicate = looking_at([0, 0, 0, 0, 1, 2, 3])[None]
-    measured = fake_scores(monkeypatch, duplicate, REPEATED)
+    measured = fake_scores(duplicate, REPEATED)
     assert measured.mean("prefix_matching").item() == 0.0
     assert measured.mean("duplicate_token").item() == 1.0
 
 
-def test_attention_to_bos_stays_in_the_denominator(monkeypatch):
+def test_attention_to_bos_stays_in_the_denominator():
     resting = looking_at([0] * 7)
     faint = 0.99 * resting + 0.01 * looking_at([0, 0, 0, 0, 2, 3, 4])
-    measured = fake_scores(monkeypatch, np.stack([faint, resting]), REPEATED).mean("prefix_matching")[0]
+    measured = fake_scores(np.stack([faint, resting]), REPEATED).mean("prefix_matching")[0]
     assert measured == pytest.approx([0.01, 0.0])
 
 
-def test_attention_split_over_several_copies_still_counts_in_full(monkeypatch):
+def test_attention_split_over_several_copies_still_counts_in_full():
     pattern = looking_at([0, 0, 0, 2, 3, 2, 2])
     pattern[5] = [0, 0, 0.5, 0, 0.5, 0, 0]  # two targets, half of the attention each
-    measured = fake_scores(monkeypatch, pattern[None], [7, 8, 7, 8, 7, 1])
+    measured = fake_scores(pattern[None], [7, 8, 7, 8, 7, 1])
     assert measured.mean("prefix_matching")[0, 0] == pytest.approx(1.0)
