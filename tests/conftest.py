@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from common.heads.tokens import Battery, battery
-from common.loading import models
-from tests.oracle import Oracle
+from common.loading import Model, load
+from common.loading.find import MINI
 
 torch.set_num_threads(1)  # the models are tiny: two threads wait for each other longer than they work
 settings.register_profile("project", deadline=None, derandomize=True)  # timing never decides a test
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(models.MINI)
+    return AutoTokenizer.from_pretrained(MINI)
 
 
 @pytest.fixture(scope="session")
@@ -47,8 +47,8 @@ def random_gpt2_folder(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
-def random_gpt2(random_gpt2_folder) -> models.Model:
-    return models.load(str(random_gpt2_folder))
+def random_gpt2(random_gpt2_folder) -> Model:
+    return load(str(random_gpt2_folder))
 
 
 @pytest.fixture(scope="session")
@@ -58,22 +58,22 @@ def hand_built(tmp_path_factory, tokenizer):
 
     @functools.cache
     def of_seed(seed: int):
-        return load(handbuilt.build(seed, vocabulary=len(tokenizer)))
+        return loaded(handbuilt.build(seed, vocabulary=len(tokenizer)))
 
-    def load(built):
-        return built, models.load(str(handbuilt.save(built, tmp_path_factory.mktemp("handbuilt"), tokenizer)))
+    def loaded(built):
+        return built, load(str(handbuilt.save(built, tmp_path_factory.mktemp("handbuilt"), tokenizer)))
 
     def make(what):
         if isinstance(what, int):
             return of_seed(what)
-        return load(handbuilt.assemble(what, vocabulary=len(tokenizer), seed=0))
+        return loaded(handbuilt.assemble(what, vocabulary=len(tokenizer), seed=0))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def mini() -> models.Model:
-    return models.load("mini")
+def mini() -> Model:
+    return load("mini")
 
 
 @pytest.fixture(scope="session")
@@ -98,17 +98,20 @@ def folders(tmp_path_factory, tokenizer, random_gpt2_folder) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def loaded(folders) -> dict[str, models.Model]:
-    return {name: models.load(str(folder)) for name, folder in folders.items()}
+def loaded(folders) -> dict[str, Model]:
+    return {name: load(str(folder)) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="session")
-def oracles(folders) -> dict[str, Oracle]:
+def oracles(folders):
+    """An `Oracle` of each of the folders' models."""
+    from tests.oracle import Oracle
+
     return {name: Oracle(folder) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="session")
-def gemma(tmp_path_factory, tokenizer) -> models.Model:
+def gemma(tmp_path_factory, tokenizer) -> Model:
     """A random Gemma 2, which norms what its heads write before adding it, and caps its logits."""
     torch.manual_seed(0)
     config = Gemma2Config(
@@ -118,7 +121,7 @@ def gemma(tmp_path_factory, tokenizer) -> models.Model:
     folder = tmp_path_factory.mktemp("models") / "random-gemma"
     roughen(Gemma2ForCausalLM(config)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return models.load(str(folder))
+    return load(str(folder))
 
 
 @pytest.fixture(scope="session")
