@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -186,8 +185,8 @@ def test_paths_into_a_head_are_those_of_each_earlier_head(random_gpt2, drawn, th
 @pytest.mark.parametrize("part", ["q", "k", "v"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_source_is_removed_with_the_norm_frozen(loaded, oracles, drawn, name, part):
-    """By hand: the layer reads the norm's own output, less what two sources wrote over the norm's clean divisor; another
-    head of the receiver's layer keeps what it has."""
+    """By hand: the layer reads the norm's own output, less what two sources wrote over the norm's clean divisor. The
+    other heads of the receiver's layer keep what they have."""
     sources, receiver = [Head.at(0, 2), Head.at(1, 0)], Head.at(2, 1)
     oracle, tokens = oracles[name], drawn.repeats.tokens
     wrote = sum(oracle.written(tokens, source) for source in sources)
@@ -297,4 +296,4 @@ def test_a_path_through_a_norm_after_attention_is_refused(loaded, drawn):
                  lambda: without_source([Head.at(0, 1)], [Head.at(1, 0)], "k", clean)):  # fmt: skip
         with pytest.raises(UserError, match="before it is added"):
             make()
-    assert np.isfinite(loaded["gemma2"].logits(drawn.repeats.tokens, zero([Head.at(0, 1)]).edits)).all()
+    assert torch.isfinite(loaded["gemma2"].logits(drawn.repeats.tokens, zero([Head.at(0, 1)]).edits)).all()
