@@ -197,8 +197,10 @@ SETTINGS = {"seed": 0, "rows": 4}
 
 def test_effects_of_the_same_settings_are_known():
     assert known_effects({"settings": SETTINGS, "effects": [EFFECT, EFFECT]}, SETTINGS) == [EFFECT, EFFECT]
-    richer = {**EFFECT, "sender": "0.1"}
-    assert known_effects({"settings": dict(SETTINGS), "effects": [richer]}, SETTINGS) == [richer]
+    forms = {"sender": "0.1"}, {"control": CONTROL}, {"note": "no control"}, {"effect": None, "interval": [None, None]}
+    for form in forms:  # that of a path, and what is null in a file
+        saved = json.loads(json.dumps({**EFFECT, **form}))
+        assert known_effects({"settings": dict(SETTINGS), "effects": [saved]}, SETTINGS) == [saved]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,15 @@ def test_a_run_on_top_of_nonsense_is_a_run_from_the_start(random_gpt2, done, ear
     assert ablate(plan_of(random_gpt2, FOUND[:1]), earlier).missing == []
 
 
-NONSENSE = {"heads": [["1.2"]]}, {"heads": [7]}, {"heads": [{}]}, {"name": ["mean"]}, {"name": {}}, {"metric": []}
+CONTROL = {"effect": 0.5, "interval": [0.1, 0.9], "heads": [["1.0"], ["1.3"]]}
+NONSENSE = (
+    {"heads": [["1.2"]]}, {"heads": [7]}, {"heads": [{}]}, {"name": ["mean"]}, {"name": {}}, {"metric": []},
+    {"metric": None}, {"note": 5}, {"sender": ["0.1"]}, {"clean": "much"}, {"effect": [1.0]}, {"effect": "1.0"},
+    {"interval": None}, {"interval": 1.0}, {"interval": [1.0]}, {"interval": ["low", "high"]}, {"rows": "16"},
+    {"control": "none"}, {"control": [CONTROL]}, {"control": {}}, {"control": {**CONTROL, "heads": ["1.0"]}},
+    {"control": {**CONTROL, "heads": "1.0"}}, {"control": {**CONTROL, "interval": [0.1]}},
+    {"control": {**CONTROL, "effect": "0.5"}},
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("broken", NONSENSE, ids=str)
@@ -243,6 +253,7 @@ def test_effects_with_nonsense_for_a_name_do_not_stop_a_run(random_gpt2, broken)
     plan = plan_of(random_gpt2, FOUND[:1])
     earlier = {"settings": plan.settings, "effects": [{**EFFECT, **broken}]}
     result = ablate(plan, earlier)
+    assert known_effects(earlier, plan.settings) == []
     assert result.missing == []
     assert result.of(["2.1"], "knockout", "loss_at_repeats") is not None
 
