@@ -308,6 +308,23 @@ def test_what_is_recorded_under_an_edit_is_what_the_edit_leaves(loaded, oracles,
             torch.testing.assert_close(found[row, :, number].double(), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("point", ["v", "z"])
+def test_a_reader_may_look_twice(loaded, drawn, point):
+    """One head at a time, all together, and once more: an edit is made once, whatever was looked at before."""
+    model, tokens, head = loaded["llama"], drawn.repeats.tokens, Head.at(1, 2)
+    raised = edits.each_head("raised", [head], point, lambda head: lambda old, rows: old + 1)
+    alone = Recordings(model, tokens, under=raised).get(1, "z")
+
+    def look(layer, call):
+        for _ in range(2):
+            assert torch.equal(call.output_of(2), alone[:, :, 2])
+            assert torch.equal(call.output, alone)
+
+    clean = model.logits(tokens)
+    model.read(tokens, look, [1], raised.edits)
+    assert torch.equal(model.logits(tokens), clean)
+
+
 def test_an_edit_that_the_run_does_not_reach(random_gpt2, drawn):
     """A run that is left below it has nothing to change; a run to the end that never comes by says so."""
     tokens = drawn.repeats.tokens
