@@ -191,4 +191,7 @@ def check(
     part = model.logits(tokens[1:3], intervention.edits, rows=slice(1, 3))
     assert_near(part, changed[1:3], close)
     assert traces(model) == before
+    with torch.no_grad():  # nor does a run that does not go through the door meet the edits of the last that did
+        outside = model.door.network(input_ids=torch.from_numpy(tokens), use_cache=False).logits
+    assert torch.equal(outside, clean)
     assert torch.equal(model.logits(tokens), clean)

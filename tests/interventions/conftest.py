@@ -25,8 +25,9 @@ def further(tmp_path_factory, tokenizer) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def loaded(loaded, further):
-    return {**loaded, **{name: load(str(folder)) for name, folder in further.items()}}
+def loaded(loaded, further, random_gpt2_folder):
+    half = load(str(random_gpt2_folder), dtype="bfloat16")
+    return {**loaded, **{name: load(str(folder)) for name, folder in further.items()}, "16 bits": half}
 
 
 @pytest.fixture(scope="session")

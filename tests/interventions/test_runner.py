@@ -86,7 +86,24 @@ def test_a_sweep_gives_what_whole_runs_give(loaded, drawn, name):
     assert torch.equal(model.logits(tokens), clean)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def test_in_16_bits_every_kind_does_what_it_does_in_32(loaded, drawn):
+    """As far as 16 bits can tell, and the model is the same afterwards to the bit."""
+    half, tokens, before = loaded["16 bits"], drawn.repeats.tokens, traces(loaded["16 bits"])
+    clean, runner = half.logits(tokens), runner_of(half, drawn)
+    pairs = zip(every_kind(half, drawn), every_kind(loaded["gpt2"], drawn), strict=True)
+    for coarse, fine in pairs:
+        assert coarse.name == fine.name
+        expected = loaded["gpt2"].logits(tokens, fine.edits)
+        changed = half.logits(tokens, coarse.edits)
+        assert changed.dtype == torch.bfloat16
+        assert (changed.float() - expected).abs().max() < 0.02 * expected.abs().max(), coarse.name
+        whole = log_probs(changed, runner.predictions)
+        assert runner.measure(coarse, {"x": runner.log_prob})["x"] == pytest.approx(whole, abs=1e-2)
+    assert traces(half) == before
+    assert torch.equal(half.logits(tokens), clean)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "16 bits"])
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_a_run_from_a_layer_on_has_the_whole_runs_bits(loaded, drawn, name, batch_size):
     """Layer after layer, in the order of a sweep; what the whole model gives for the same rows at once."""
