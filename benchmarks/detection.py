@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Which way of detecting induction heads is right, and how often? Measured on models whose answer is known.
 
-    python benchmarks/detection.py                      # about 5 minutes on 2 CPU cores
-    python benchmarks/detection.py --models 40 --random 48
+    python -m benchmarks.detection                      # about 5 minutes on 2 CPU cores
+    python -m benchmarks.detection --models 40 --random 48
 
 Prints a table, writes it with every single decision to outputs/benchmark_detection/results.json.
 
@@ -10,7 +9,7 @@ Prints a table, writes it with every single decision to outputs/benchmark_detect
    negative controls, in which nothing is induction: randomly initialised models, and the checkpoint of `mini` from
    before induction formed. The two later checkpoints have seen a quarter of the vocabulary, and what their heads do to
    the loss on all of it lies at the edge of the rule for labels: they are listed beside labels by intervention
-   (common/causal.py) and not counted.
+   (common/interventions/causal_labels.py) and not counted.
 2. Rows. Of 32, 64, 128 and 256 tokens, by token id. Every seed starts at `FIRST_SEED`; nothing else draws from there.
 3. Methods, each of which says for every head whether it is an induction head:
    - dynamic: what induction_head_detection.py does by default;
@@ -34,9 +33,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -46,22 +43,27 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from common import UserError, cli
-from common.attention.head import Head as NamedHead
+from common.attention.head import Head
 from common.heads import labels
 from common.heads.statistics import Floats, Ints
 from common.heads.survey import survey
-from common.interventions import causal
-from common.loading import models
+from common.heads.tokens import SHORTEST
+from common.interventions.causal_labels import measure_causal_effects
+from common.loading import Model, load
+from common.loading.find import MINI
 from common.results import report
 from tests import handbuilt
 
+if TYPE_CHECKING:
+    from transformer_lens import ActivationCache
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedTokenizerBase
+
 Bools = NDArray[np.bool_]
-Head = tuple[int, int]
 
 PROGRAM = "benchmark_detection"
 FIRST_SEED = 1_000_000
 LENGTHS = (32, 64, 128, 256)
-SHORTEST = 8  # tokens of a row that has room for a repeat
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 LIBRARY_ROWS = 8  # rows [BOS] R R for detect_head
 SHAPES = ((2, 4, 64), (4, 8, 64), (6, 12, 96), (12, 12, 96))  # layers, heads, width of random models
@@ -136,39 +138,39 @@ def benchmark(args: argparse.Namespace) -> None:
 # --- models ---
 
 
-def subjects(n_handbuilt: int, n_random: int) -> Iterator[tuple[Subject, models.Model]]:
+def subjects(n_handbuilt: int, n_random: int) -> Iterator[tuple[Subject, Model]]:
     """The models, one at a time."""
     transformers_logging.disable_progress_bar()  # of every file that is saved
-    tokenizer = AutoTokenizer.from_pretrained(models.MINI)
+    tokenizer = AutoTokenizer.from_pretrained(MINI)
     for number in range(n_handbuilt):
         yield hand_built(FIRST_SEED + number, tokenizer)
-    mini = models.load("mini")
-    known = labels.read_labels(models.MINI / "labels.json", mini.n_layers, mini.n_heads)
+    mini = load("mini")
+    known = labels.read_labels(MINI / "labels.json", mini.n_layers, mini.n_heads)
     yield Subject("mini", "mini", known.heads), mini
     for step in (*BEFORE, *FORMING):
-        model = models.load(str(models.MINI.with_name("mini-checkpoints") / step))
-        known = frozenset() if step in BEFORE else causal.measure(model).labels().heads
-        yield Subject(f"mini {step}", "negative" if step in BEFORE else "forming", known), model
+        model = load(str(MINI.with_name("mini-checkpoints") / step))
+        induction = frozenset() if step in BEFORE else measure_causal_effects(model).labels().heads
+        yield Subject(f"mini {step}", "negative" if step in BEFORE else "forming", induction), model
     for number in range(n_random):
         yield random_model(number, tokenizer)
 
 
-def hand_built(seed: int, tokenizer: Any) -> tuple[Subject, models.Model]:
+def hand_built(seed: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Subject, Model]:
     """A model whose heads are known by construction."""
     built = handbuilt.build(seed, vocabulary=len(tokenizer))
     with tempfile.TemporaryDirectory() as folder:
-        model = models.load(str(handbuilt.save(built, Path(folder), tokenizer)))
+        model = load(str(handbuilt.save(built, Path(folder), tokenizer)))
     subject = Subject(
         f"hand-built {seed}",
         "hand-built",
-        induction=frozenset(built.heads("induction")),
-        on_targets=frozenset(built.heads(*handbuilt.ON_TARGETS)),
-        kinds={head: role.kind for head, role in built.roles.items()},
+        induction=frozenset(Head.at(*place) for place in built.heads("induction")),
+        on_targets=frozenset(Head.at(*place) for place in built.heads(*handbuilt.ON_TARGETS)),
+        kinds={Head.at(*place): role.kind for place, role in built.roles.items()},
     )
     return subject, model
 
 
-def random_model(number: int, tokenizer: Any) -> tuple[Subject, models.Model]:
+def random_model(number: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Subject, Model]:
     """A GPT-2 as it is initialised, or with weights ten times as large, whose heads are far from uniform."""
     layers, heads, width = SHAPES[number % len(SHAPES)]
     spread = (0.02, 0.2)[number // len(SHAPES) % 2]
@@ -180,14 +182,14 @@ def random_model(number: int, tokenizer: Any) -> tuple[Subject, models.Model]:
     with tempfile.TemporaryDirectory() as folder:
         GPT2LMHeadModel(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        model = models.load(folder)
+        model = load(folder)
     return Subject(f"random {number}: {layers} x {heads}, spread {spread}", "negative", frozenset()), model
 
 
 # --- methods ---
 
 
-def decisions(model: models.Model, length: int, seed: int) -> dict[str, Decision]:
+def decisions(model: Model, length: int, seed: int) -> dict[str, Decision]:
     """What each method says of each head. Ours is that of induction_head_detection.py with its defaults."""
     found = survey(model, seed=seed, batch_size=8, length=length).found
     said = {OURS: Decision(found.induction, found.attends)}
@@ -203,13 +205,13 @@ class GivenTokens:
     A decoded row would not always encode to the same tokens. Keeps the patterns alone, all that `detect_head` reads.
     """
 
-    def __init__(self, bridge: Any) -> None:
+    def __init__(self, bridge: TransformerBridge) -> None:
         self.bridge, self.cfg = bridge, bridge.cfg
 
     def to_tokens(self, row: Ints) -> torch.Tensor:
         return torch.from_numpy(row)[None]
 
-    def cache(self, row: Ints) -> Any:
+    def cache(self, row: Ints) -> ActivationCache:
         def is_pattern(point: str) -> bool:
             return point.endswith("attn.hook_pattern")
 
@@ -217,7 +219,7 @@ class GivenTokens:
             return self.bridge.run_with_cache(self.to_tokens(row), remove_batch_dim=True, names_filter=is_pattern)[1]
 
 
-def library_scores(model: models.Model, length: int, seed: int) -> tuple[Floats, Floats]:
+def library_scores(model: Model, length: int, seed: int) -> tuple[Floats, Floats]:
     """`detect_head` for induction heads as it comes and without BOS, means over rows [BOS] R R, [layers, heads].
 
     The rows have `length` tokens, or one less where that is what BOS and a segment said twice can have.
@@ -231,7 +233,7 @@ def library_scores(model: models.Model, length: int, seed: int) -> tuple[Floats,
     return np.mean(plain, axis=0, dtype=np.float64), np.mean(without_bos, axis=0, dtype=np.float64)
 
 
-def said_twice(model: models.Model, length: int, seed: int) -> list[Ints]:
+def said_twice(model: Model, length: int, seed: int) -> list[Ints]:
     """`LIBRARY_ROWS` rows of BOS and a random segment twice."""
     rng = np.random.default_rng([seed, length])
     segments = [rng.choice(model.ordinary(), size=(length - 1) // 2, replace=False) for _ in range(LIBRARY_ROWS)]
@@ -243,7 +245,7 @@ def said_twice(model: models.Model, length: int, seed: int) -> list[Ints]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Right and wrong decisions on some heads. Undefined cases are decided as in common.metrics.evaluate."""
+    """Right and wrong decisions on some heads. Undefined cases are decided as in common.heads.metrics.evaluate."""
 
     right: int
     wrong: int
@@ -293,7 +295,7 @@ class Judged:
     def on_targets(self) -> Agreement:
         return Agreement.of(self.decision.on_targets, self.subject.on_targets or frozenset())
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> dict[str, object]:
         """For results.json: counts, and every head that was got wrong, with its kind where it is known."""
         said = heads_of(self.decision.induction)
         kinds, truth = self.subject.kinds, self.subject.induction
@@ -304,24 +306,39 @@ class Judged:
             "length": self.length,
             "heads": self.decision.induction.size,
             **vars(self.induction),
-            "false": [f"{NamedHead.at(*head)} {kinds.get(head, '')}".strip() for head in sorted(said - truth)],
-            "missed_heads": [f"{NamedHead.at(*head)} {kinds.get(head, '')}".strip() for head in sorted(truth - said)],
+            "false": [f"{head} {kinds.get(head, '')}".strip() for head in sorted(said - truth)],
+            "missed_heads": [f"{head} {kinds.get(head, '')}".strip() for head in sorted(truth - said)],
         }
 
 
-def judge(subject: Subject, model: models.Model, length: int, seed: int) -> list[Judged]:
+def judge(subject: Subject, model: Model, length: int, seed: int) -> list[Judged]:
     """Every method on one model at one row length."""
     said = decisions(model, length, seed)
     return [Judged(method, subject, length, decision) for method, decision in said.items()]
 
 
-def summarise(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+class Summary(TypedDict):
+    """How one method did; what the numbers are means over, step 5 above says."""
+
+    method: str
+    precision: float
+    recall: float
+    f1: float
+    by_length: dict[int, float]
+    f1_pooled: float
+    f1_on_targets: float
+    f1_mini: float
+    false_per_1000: float
+    negative_decisions: int
+
+
+def summarise(judged: Sequence[Judged]) -> list[Summary]:
     """One entry per method, in the order in which they were asked."""
     methods = dict.fromkeys(each.method for each in judged)
     return [summary(method, [each for each in judged if each.method == method]) for method in methods]
 
 
-def summary(method: str, judged: Sequence[Judged]) -> dict[str, Any]:
+def summary(method: str, judged: Sequence[Judged]) -> Summary:
     """Means over models and row lengths; `by_length` means over models; see step 5 above."""
     built = [each for each in judged if each.subject.group == "hand-built"]
     mini = [each for each in judged if each.subject.group == "mini"]
@@ -349,16 +366,16 @@ def mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
-def print_summary(summaries: Sequence[dict[str, Any]]) -> None:
+def print_summary(summaries: Sequence[Summary]) -> None:
     """The table for people."""
     lengths = list(summaries[0]["by_length"])
     columns = ["method", "prec", "rec", "F1", *map(str, lengths), "pool", "targ", "mini", "false"]
     rows = [
         [
             entry["method"],
-            *(f"{entry[key]:.2f}" for key in ("precision", "recall", "f1")),
+            *(f"{value:.2f}" for value in (entry["precision"], entry["recall"], entry["f1"])),
             *(f"{value:.2f}" for value in entry["by_length"].values()),
-            *(f"{entry[key]:.2f}" for key in ("f1_pooled", "f1_on_targets", "f1_mini")),
+            *(f"{value:.2f}" for value in (entry["f1_pooled"], entry["f1_on_targets"], entry["f1_mini"])),
             f"{entry['false_per_1000']:.1f}",
         ]
         for entry in summaries
@@ -384,11 +401,11 @@ def print_forming(judged: Sequence[Judged]) -> None:
 
 
 def heads_of(said: Bools) -> set[Head]:
-    return {(int(layer), int(head)) for layer, head in np.argwhere(said)}
+    return {Head.at(*place) for place in np.argwhere(said)}
 
 
 def listed(heads: Iterable[Head]) -> str:
-    return " ".join(str(NamedHead.at(*head)) for head in sorted(heads)) or "none"
+    return " ".join(str(head) for head in sorted(heads)) or "none"
 
 
 if __name__ == "__main__":

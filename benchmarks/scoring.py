@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """What does it cost to score every head of a model? Our scoring beside a bare forward pass and the usual ways.
 
-    python benchmarks/scoring.py             # about 7 minutes on 2 CPU cores, 10 GB of memory
-    python benchmarks/scoring.py --quick     # mini alone, few rows, once
+    python -m benchmarks.scoring             # about 7 minutes on 2 CPU cores, 10 GB of memory
+    python -m benchmarks.scoring --quick     # mini alone, few rows, once
 
 Prints tables, writes every timing to outputs/benchmark_scoring/results.json and a picture beside it.
 
@@ -10,7 +9,7 @@ Prints tables, writes every timing to outputs/benchmark_scoring/results.json and
 2. Tokens. The battery's rows, half of them with a repeat and half their controls; the same ids for every way. Numbers
    of rows include the controls.
 3. Ways, each in a process of its own:
-   - trunk: the Hugging Face model without unembedding, fused attention (sdpa): the least any scoring costs;
+   - base model: the Hugging Face model without unembedding, fused attention (sdpa): the least any scoring costs;
    - forward: the same with logits;
    - ours: `score_battery`, all head types and the attention budget, rows drawn and cells found anew each time; and
      the same in bfloat16;
@@ -36,33 +35,47 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import numpy as np
 import torch
 
 from common import UserError, cli
-from common.attention import batching
+from common.attention import batches
 from common.heads import scores
 from common.heads.statistics import Floats, Ints
 from common.heads.tokens import HEAD_TYPES, TokenBatch, battery
-from common.loading import models
+from common.loading import Model, load
+from common.loading.find import MINI
 from common.results import report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from transformers import PreTrainedModel
 
 PROGRAM = "benchmark_scoring"
 OURS, HALF = "ours", "ours, bfloat16"
 POINTS = ((1, 64), (1, 257), (1, 1024), (8, 257), (32, 257))  # rows, tokens per row
 REFERENCE = (8, 257)  # what the targets are about
 QUICK = ((2, 64), (8, 64))
-MOST_ROWS = {"trunk": 32, OURS: 32}  # how many rows each way is asked to take; 8 where not named
+ROWS_TAKEN = {"base model": 32, OURS: 32}  # how many rows each way is asked to take; 8 where not named
 SEED = 0
 MEBIBYTE = 1 << 20
 
-Run = Callable[[Ints], Any]  # of [rows, pos] ids
+Run = Callable[[Ints], object]  # of [rows, pos] ids
+Timing = tuple[float, float, int, Floats | None]  # wall and processor seconds, bytes at the peak, and the scores
+
+
+class Target(TypedDict):
+    """What is asked of our scoring, what was measured, and whether that is enough."""
+
+    what: str
+    value: float
+    wanted: str
+    met: bool
 
 
 @dataclass(frozen=True)
@@ -108,25 +121,26 @@ def benchmark(args: argparse.Namespace) -> None:
                     measured += timed(ways, model, device, points(wanted, path), repeats)
                     deviations[f"{model} on {device}"] = deviation(ways, max(QUICK) if args.quick else REFERENCE)
         entries = [{**vars(point), "seconds": point.seconds} for point in measured]
+        asked = targets(measured)
         results = {
             "argv": sys.argv,
             "torch_threads": torch.get_num_threads(),
             "wall_seconds": round(time.monotonic() - started, 1),
-            "targets": targets(measured),
+            "targets": asked,
             "bfloat16": deviations,
             "points": entries,
             "files": ["results.json", "scoring.png"],
         }
         draw(measured, folder / "scoring.png")
         report.write_json(folder / "results.json", results)
-    print_results(results, measured)
+    print_results(asked, deviations, measured)
     print(f"Every timing: {args.out / 'results.json'}; drawn: {args.out / 'scoring.png'}")
 
 
 @contextmanager
 def subjects(*, quick: bool) -> Iterator[dict[str, Path]]:
     """Folders of the models, by the name to show."""
-    named = {"mini": models.MINI}
+    named = {"mini": MINI}
     with tempfile.TemporaryDirectory() as folder:
         if not quick:
             save_random_gpt2(Path(folder))
@@ -141,7 +155,7 @@ def save_random_gpt2(folder: Path) -> None:
 
     logging.disable_progress_bar()
     torch.manual_seed(SEED)
-    tokenizer = AutoTokenizer.from_pretrained(models.MINI)
+    tokenizer = AutoTokenizer.from_pretrained(MINI)
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.bos_token_id}
     # twice GPT-2's positions, because detect_head wants a context longer than its row
     GPT2LMHeadModel(GPT2Config(n_positions=2048, **special)).save_pretrained(folder)
@@ -159,7 +173,7 @@ def points(wanted: Sequence[tuple[int, int]], path: Path) -> list[tuple[int, int
 # --- the ways ---
 
 
-def hugging_face(path: Path, device: str) -> Any:
+def hugging_face(path: Path, device: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -167,7 +181,7 @@ def hugging_face(path: Path, device: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa").to(device).eval()
 
 
-def trunk(path: Path, device: str) -> Run:
+def base_model(path: Path, device: str) -> Run:
     model = hugging_face(path, device).base_model
     return lambda tokens: model(torch.from_numpy(tokens).to(device), use_cache=False)
 
@@ -179,11 +193,11 @@ def forward(path: Path, device: str) -> Run:
 
 def ours(path: Path, device: str, dtype: str = "float32") -> Run:
     """The scores, [head types, layers, heads], on rows with a repeat."""
-    model = models.load(str(path), device=device, dtype=dtype)
+    model = load(str(path), device=device, dtype=dtype)
 
     def run(tokens: Ints) -> Floats:
         rows, length = tokens.shape
-        at_once = batching.batch_size(model, length)
+        at_once = batches.batch_size(model, length)
         if rows == 1:
             found = scores.score(model, TokenBatch.of(list(tokens), pad=model.bos), batch_size=at_once)
         else:
@@ -199,7 +213,7 @@ def ours_in_bfloat16(path: Path, device: str) -> Run:
 
 
 def run_with_cache(path: Path, device: str) -> Run:
-    model = models.load(str(path), device=device)
+    model = load(str(path), device=device)
 
     def run(tokens: Ints) -> None:
         _, cache = model.bridge.run_with_cache(torch.from_numpy(tokens).to(device))
@@ -214,7 +228,7 @@ def detect_head(path: Path, device: str) -> Run:
     from transformer_lens.head_detector import HEAD_NAMES
     from transformer_lens.head_detector import detect_head as detect
 
-    model = models.load(str(path), device=device)
+    model = load(str(path), device=device)
     model.bridge.to_tokens = lambda row: torch.from_numpy(row)[None]  # rows are ids, which no text would give back
 
     def run(tokens: Ints) -> None:
@@ -226,7 +240,7 @@ def detect_head(path: Path, device: str) -> Run:
 
 
 def diagonals(path: Path, device: str) -> Run:
-    model = models.load(str(path), device=device)
+    model = load(str(path), device=device)
 
     def run(tokens: Ints) -> None:
         period = tokens.shape[1] // 2
@@ -241,7 +255,7 @@ def diagonals(path: Path, device: str) -> Run:
 
 
 WAYS: dict[str, Callable[[Path, str], Run]] = {
-    "trunk": trunk,
+    "base model": base_model,
     "forward": forward,
     OURS: ours,
     HALF: ours_in_bfloat16,
@@ -251,7 +265,7 @@ WAYS: dict[str, Callable[[Path, str], Run]] = {
 }
 
 
-def every_id(model: models.Model) -> Ints:
+def every_id(model: Model) -> Ints:
     """Ids of the model's whole vocabulary but BOS, whatever its tokenizer holds."""
     return np.setdiff1d(np.arange(model.bridge.cfg.d_vocab), [model.bos])
 
@@ -283,14 +297,14 @@ def workers(path: Path, device: str) -> Iterator[dict[str, Connection]]:
         yield ways
 
 
-def stop(connection: Connection, process: Any) -> None:
+def stop(connection: Connection, process: BaseProcess) -> None:
     """Let a process end."""
     with suppress(BrokenPipeError):
         connection.send(None)
     process.join()
 
 
-def answer(connection: Connection) -> Any:
+def answer(connection: Connection) -> object:
     """What a process has to say; UserError where it ended instead."""
     try:
         return connection.recv()
@@ -308,11 +322,11 @@ def serve(way: str, path: Path, device: str, asked: Connection) -> None:
         run(drawn_tokens(config.vocab_size, config.bos_token_id, *QUICK[0]))
         asked.send("ready")
         while (wanted := asked.recv()) is not None:
-            asked.send(measure(run, drawn_tokens(config.vocab_size, config.bos_token_id, *wanted), device))
+            asked.send(timed_run(run, drawn_tokens(config.vocab_size, config.bos_token_id, *wanted), device))
 
 
-def measure(run: Run, tokens: Ints, device: str) -> tuple[float, float, int, Any]:
-    """Wall and processor seconds, bytes at the peak, and the scores, where the way gives them."""
+def timed_run(run: Run, tokens: Ints, device: str) -> Timing:
+    """Time and peak of a run, with its scores if the way gives any."""
     gc.collect()
     reset_peak(device)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -344,10 +358,9 @@ def peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def ask(way: Connection, rows: int, length: int) -> tuple[float, float, int, Any]:
+def ask(way: Connection, rows: int, length: int) -> Timing:
     way.send((rows, length))
-    measured: tuple[float, float, int, Any] = answer(way)
-    return measured
+    return cast(Timing, answer(way))
 
 
 def timed(
@@ -358,7 +371,7 @@ def timed(
     for _ in range(repeats):
         for rows, length in wanted:
             for way, connection in ways.items():
-                if rows > MOST_ROWS.get(way, 8):
+                if rows > ROWS_TAKEN.get(way, 8):
                     continue
                 wall, cpu, at_peak, _ = ask(connection, rows, length)
                 point = found.setdefault(
@@ -371,14 +384,14 @@ def timed(
 
 def deviation(ways: Mapping[str, Connection], at: tuple[int, int]) -> dict[str, float]:
     """Largest and mean difference of the scores in bfloat16 from those in float32."""
-    exact, half = (ask(ways[way], *at)[-1] for way in (OURS, HALF))
+    exact, half = (cast(Floats, ask(ways[way], *at)[-1]) for way in (OURS, HALF))  # both give their scores
     return {"largest": float(np.nanmax(abs(half - exact))), "mean": float(np.nanmean(abs(half - exact)))}
 
 
 # --- what came out ---
 
 
-def targets(measured: Sequence[Point]) -> list[dict[str, Any]]:
+def targets(measured: Sequence[Point]) -> list[Target]:
     """What is asked of our scoring, in ratios of one run, wherever its reference was measured on a CPU."""
     at = {point.way: point for point in measured if is_reference(point, "GPT-2 small size")}
     if not at:
@@ -388,7 +401,7 @@ def targets(measured: Sequence[Point]) -> list[dict[str, Any]]:
                and point.model == mine.model and point.device == "cpu"}  # fmt: skip
     few, many = by_rows[REFERENCE[0]], by_rows[max(by_rows)]
     asked = [
-        ("time, ours / trunk", mine.seconds / at["trunk"].seconds, "at most", 1.10),
+        ("time, ours / base model", mine.seconds / at["base model"].seconds, "at most", 1.10),
         ("time, ours / forward with logits", mine.seconds / bare.seconds, "at most", 0.75),
         ("time, detect_head / ours", at["detect_head"].seconds / mine.seconds, "at least", 5.0),
         ("peak memory, ours / forward with logits", mine.peak / bare.peak, "at most", 1.1),
@@ -406,16 +419,18 @@ def is_reference(point: Point, model: str, device: str = "cpu") -> bool:
     return (point.model, point.device) == (model, device) and (point.rows, point.length) == REFERENCE
 
 
-def print_results(results: Mapping[str, Any], measured: Sequence[Point]) -> None:
+def print_results(
+    asked: Sequence[Target], deviations: Mapping[str, dict[str, float]], measured: Sequence[Point]
+) -> None:
     """The tables for people."""
     names = dict.fromkeys(point.model for point in measured)
     for model in names:
         print_ways(model, measured)
         print_ratios(model, measured)
-    if results["targets"]:
-        rows = [[t["what"], f"{t['value']:.2f}", t["wanted"], "yes" if t["met"] else "NO"] for t in results["targets"]]
+    if asked:
+        rows = [[t["what"], f"{t['value']:.2f}", t["wanted"], "yes" if t["met"] else "NO"] for t in asked]
         report.print_table("Targets, on the model of GPT-2 small's size", ["what", "measured", "wanted", "met"], rows)
-    rows = [[where, f"{by['largest']:.4f}", f"{by['mean']:.4f}"] for where, by in results["bfloat16"].items()]
+    rows = [[where, f"{by['largest']:.4f}", f"{by['mean']:.4f}"] for where, by in deviations.items()]
     report.print_table("Scores in bfloat16 against float32 (scores lie in [0, 1])", ["model", "largest", "mean"], rows)
 
 
@@ -428,14 +443,14 @@ def print_ways(model: str, measured: Sequence[Point]) -> None:
     for way in WAYS:
         if not (point := at.get(("cpu", way))):
             continue
-        base = at["cpu", "trunk"]
+        base = at["cpu", "base model"]
         gpu = at.get(("cuda", way))
         rows.append([
             way, f"{point.seconds:.3f}", f"{median(point.cpu):.3f}", f"{point.seconds / base.seconds:.2f}",
             f"{point.peak / MEBIBYTE:.0f}", f"{point.peak / base.peak:.2f}",
             f"{1000 * gpu.seconds:.1f}" if gpu else "-", f"{gpu.peak / MEBIBYTE:.0f}" if gpu else "-",
         ])  # fmt: skip
-    columns = ["way", "seconds", "CPU s", "x trunk", "peak MiB", "x trunk", "GPU ms", "GPU MiB"]
+    columns = ["way", "seconds", "CPU s", "x base", "peak MiB", "x base", "GPU ms", "GPU MiB"]
     report.print_table(f"{model}: {tokens[0]} rows of {tokens[1]} tokens, controls included", columns, rows)
 
 
@@ -477,7 +492,7 @@ def draw(measured: Sequence[Point], path: Path) -> None:
     plots.save(figure, path)
 
 
-def draw_lines(axes: Any, lines: Sequence[Point], across: str, value: Callable[[Point], float]) -> None:
+def draw_lines(axes: Axes, lines: Sequence[Point], across: str, value: Callable[[Point], float]) -> None:
     """A line per way, along a logarithmic axis."""
     for way, colour, marker in zip(WAYS, COLOURS, "so^v*DP", strict=False):
         mine = sorted((point for point in lines if point.way == way), key=lambda point: getattr(point, across))

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Let a model go on with a text, with its induction heads and without them.
 
-    python examples/continue_text.py --text "red green blue red green"
-    python examples/continue_text.py --model gpt2 --text "one two three one" --count 3 --picture one.png
+    python -m examples.continue_text --text "red green blue red green"
+    python -m examples.continue_text --model gpt2 --text "one two three one" --count 3 --picture one.png
 
 "Without" means that the heads may not attend to the tokens after earlier copies of the current one; everything else
 stays. The control takes the same cells from as many other heads of the same layers, drawn at random.
@@ -11,11 +10,8 @@ stays. The control takes the same cells from as many other heads of the same lay
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
@@ -24,17 +20,19 @@ from common.heads.statistics import Ints
 from common.heads.survey import survey
 from common.heads.tokens import TokenBatch
 from common.interventions import effects
-from common.interventions.interventions import forbid
-from common.loading import models
+from common.interventions.edits import knockout
+from common.loading import Model, load
 from common.results import plots
+
+Places = Sequence[tuple[int, int]]  # (layer, head) of some heads
 
 DRAWN = 2  # heads in the picture
 
 
 def main() -> None:
     args = arguments()
-    model = models.load(args.model)
-    found = survey(model, seed=args.seed, batch_size=8).found.ranked()
+    model = load(args.model)
+    found = [head.place for head in survey(model, seed=args.seed, batch_size=8).found.ranked()]
     print(f"Induction heads: {effects.names(found) or 'none'}")
     ways = {"with all heads": (), "without the induction heads": found}
     if found and (others := effects.layer_matched(found, model.n_heads, count=1, seed=args.seed)):
@@ -58,14 +56,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def grow(model: models.Model, tokens: Ints, count: int, without: Any) -> Ints:
+def grow(model: Model, tokens: Ints, count: int, without: Places) -> Ints:
     """The `count` likeliest next ids, the heads `without` kept from their induction cells."""
     if not without:
         return effects.continuation(model, tokens, count)
-    return effects.continuation(model, tokens, count, lambda row: forbid(without, row.cells["prefix_matching"]))
+    return effects.continuation(model, tokens, count, lambda row: knockout(without, row.cells["prefix_matching"]))
 
 
-def draw(model: models.Model, tokens: Ints, count: int, heads: Any, text: str, path: Path) -> None:
+def draw(model: Model, tokens: Ints, count: int, heads: Places, text: str, path: Path) -> None:
     """The patterns of some heads on a text and what the model adds to it."""
     grown = np.concatenate([tokens, effects.continuation(model, tokens, count)])
     cells = TokenBatch.of([grown], pad=model.bos).cells["prefix_matching"]

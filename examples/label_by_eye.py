@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Write labels as a reader would who trusts one picture: the heads that look inductive on one text.
 
-    python examples/label_by_eye.py outputs/examples/own_sentence/results.json 0.3 outputs/examples/labels.json
+    python -m examples.label_by_eye outputs/examples/own_sentence/results.json 0.3 outputs/examples/labels.json
 
 Of the first text of a run, every head whose prefix matching is at least the number given.
 """

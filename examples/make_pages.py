@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Make the pages of this folder anew: run every command that they name and put in what it prints.
 
-    python examples/make_pages.py                  # all pages
-    python examples/make_pages.py continue_a_list.md
+    python -m examples.make_pages                  # all pages
+    python -m examples.make_pages continue_a_list.md
 
 A page holds blocks that begin with ```console. In a block, a line `$ python …` is a command, run from the project's
 folder, and the lines after it are what it printed; `$ cp FILE PICTURE` brings a picture in. Pictures are made smaller.

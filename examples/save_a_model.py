@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Save a model as a folder that both scripts read: here an untrained GPT-2 with the tokenizer of mini.
 
-    python examples/save_a_model.py outputs/examples/untrained
+    python -m examples.save_a_model outputs/examples/untrained
 
 A model of your own is saved by the same two calls of `save_pretrained`.
 """

@@ -34,7 +34,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 Floats = NDArray[np.float64]
 Head = tuple[int, int]
@@ -128,6 +129,14 @@ def save(built: HandBuilt, folder: Path, tokenizer: Any) -> Path:
 
 
 # --- drawing roles ---
+
+
+def word_tokenizer(words: int) -> Any:
+    """A tokenizer of that many ordinary tokens, `w1`, `w2` and so on, with BOS as token 0."""
+    vocabulary = {"<bos>": BOS, **{f"w{number}": number for number in range(1, words + 1)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>")
 
 
 def draw_roles(rng: np.random.Generator) -> dict[Head, Role]:

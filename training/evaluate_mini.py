@@ -1,7 +1,7 @@
 """Print the figures that a model's README quotes: its heads, its losses on repeats, and a continuation.
 
-    python training/evaluate_mini.py                                   # models/mini
-    python training/evaluate_mini.py --model models/mini-checkpoints/step-0100
+    python -m training.evaluate_mini                                   # models/mini
+    python -m training.evaluate_mini --model models/mini-checkpoints/step-0100
 
 Measured on fresh random rows with a repeat and on rows made of held-out English sentences said twice. "Repeats" are the
 tokens of the second copy but its first, "fresh" all tokens before it.
@@ -10,10 +10,7 @@ tokens of the second copy but its first, "fresh" all tokens before it.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -22,7 +19,8 @@ from common.attention.head import Head
 from common.heads import scores
 from common.heads.tokens import TokenBatch, battery, continuing
 from common.interventions import effects
-from common.loading import models
+from common.loading import Model, load
+from common.loading.find import MINI
 
 ROWS = 32
 LENGTH = 128
@@ -35,9 +33,9 @@ SHOWN = ("prefix_matching", "previous_token", "duplicate_token", "first_token")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mini", help="mini or a folder (default mini)")
-    parser.add_argument("--held-out", type=Path, default=models.MINI / "held_out.txt", help="text not trained on")
+    parser.add_argument("--held-out", type=Path, default=MINI / "held_out.txt", help="text not trained on")
     args = parser.parse_args()
-    model = models.load(args.model)
+    model = load(args.model)
     random_rows = battery(model.ordinary(), model.bos, rows=ROWS, length=LENGTH, seed=SEED).repeats
     report(model, "random tokens", random_rows)
     text = args.held_out.read_text(encoding="utf-8")
@@ -50,7 +48,7 @@ def main() -> None:
         print(f"drawn at temperature {TEMPERATURE}: {continuation(model, start, temperature=TEMPERATURE)!r}")
 
 
-def said_twice(model: models.Model, text: str) -> TokenBatch:
+def said_twice(model: Model, text: str) -> TokenBatch:
     """Rows of BOS, a stretch of text, and the same stretch again."""
     ids = model.encode(text)[1:]
     size = (LENGTH - 1) // 2
@@ -59,7 +57,7 @@ def said_twice(model: models.Model, text: str) -> TokenBatch:
     return TokenBatch.of(rows, pad=model.bos)
 
 
-def report(model: models.Model, what: str, batch: TokenBatch) -> None:
+def report(model: Model, what: str, batch: TokenBatch) -> None:
     """Print the scores of every head and the losses on repeats and on fresh tokens."""
     measured = scores.score(model, batch, batch_size=8)
     means = [measured.mean(head_type) for head_type in SHOWN]
@@ -72,20 +70,20 @@ def report(model: models.Model, what: str, batch: TokenBatch) -> None:
     print(f"  loss on repeats {repeat:.2f}, on fresh tokens {fresh:.2f}, ratio {repeat / fresh:.2f}")
 
 
-def split_losses(model: models.Model, batch: TokenBatch) -> tuple[float, float]:
+def split_losses(model: Model, batch: TokenBatch) -> tuple[float, float]:
     """Mean loss at tokens that continue a repeat, and at tokens before the first repeat, in nats."""
     losses = effects.losses(model, batch)
     return float(losses[continuing(batch)].mean()), float(losses[effects.fresh(batch)].mean())
 
 
-def plain_loss(model: models.Model, text: str) -> float:
+def plain_loss(model: Model, text: str) -> float:
     ids = model.encode(text)[1:]
     starts = range(0, len(ids) - LENGTH, LENGTH)
     rows = [np.concatenate([[model.bos], ids[start : start + LENGTH]]) for start in starts]
     return float(np.nanmean(effects.losses(model, TokenBatch.of(rows, pad=model.bos))))
 
 
-def loss_by_position(model: models.Model, text: str) -> list[float]:
+def loss_by_position(model: Model, text: str) -> list[float]:
     """Loss on `ROWS` rows of text as long as the context, in nats per token, for each quarter of the row."""
     ids = model.encode(text)[1:]
     starts = np.linspace(0, len(ids) - model.context, ROWS).astype(int)
@@ -94,19 +92,18 @@ def loss_by_position(model: models.Model, text: str) -> list[float]:
     return [float(part.mean()) for part in np.array_split(losses, 4, axis=1)]
 
 
-def continuation(model: models.Model, start: str, *, count: int = 40, temperature: float = 0.0) -> str:
+def continuation(model: Model, start: str, *, count: int = 40, temperature: float = 0.0) -> str:
     """`start` and `count` tokens more: the likeliest each time, or drawn (fixed seed) at a `temperature` above 0."""
-    ids = torch.from_numpy(model.encode(start))[None]
+    ids = list(model.encode(start))
     generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode():
-        for _ in range(count):
-            logits = model.bridge.original_model(ids).logits[0, -1].float()
-            if temperature:
-                following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            else:
-                following = logits.argmax(keepdim=True)
-            ids = torch.cat([ids, following[None]], dim=1)
-    return model.tokenizer.decode(ids[0, 1:])
+    for _ in range(count):
+        logits = model.logits(np.array([ids]))[0, -1].float()
+        if temperature:
+            following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        else:
+            following = logits.argmax(keepdim=True)
+        ids.append(int(following))
+    return model.tokenizer.decode(ids[1:])
 
 
 if __name__ == "__main__":

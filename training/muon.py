@@ -10,8 +10,7 @@ together, the large gradient of the values would leave next to nothing for the q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -35,7 +34,7 @@ class Muon(torch.optim.Optimizer):
                 if weight.grad is not None:
                     self._move(weight, weight.grad, group)
 
-    def _move(self, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def _move(self, weight: torch.Tensor, gradient: torch.Tensor, group: Mapping[str, float]) -> None:
         state = self.state[weight]
         if "average" not in state:
             state["average"] = torch.zeros_like(weight)

@@ -54,7 +54,7 @@ def chain(rng: np.random.Generator, ordinary: Row, length: int) -> Row:
     place = 0
     for step in range(length):
         walk[step] = place
-        place = successor[place] if rng.random() < FOLLOW else rng.integers(count)
+        place = int(successor[place] if rng.random() < FOLLOW else rng.integers(count))
     return rng.choice(ordinary, size=count, replace=False)[walk]
 
 

@@ -1,8 +1,8 @@
 """Train the bundled model `models/mini` from scratch: a small GPT-2 in which induction forms.
 
     pip install -r training/requirements.txt
-    python training/train_mini.py                 # train with the recipe's seed, or go on where it stopped
-    python training/train_mini.py --seed 1 --out /tmp/mini-1
+    python -m training.train_mini                 # train with the recipe's seed, or go on where it stopped
+    python -m training.train_mini --seed 1 --out /tmp/mini-1
 
 Writes to --out: `model/` (config.json, model.safetensors, tokenizer), `checkpoints/step-*` (16-bit copies),
 `held_out.txt` (text that was not trained on), `log.csv`, and `state.pt` (to resume; delete it to start over).
@@ -26,8 +26,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 from transformers.activations import ACT2FN
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training import corpus, rows
 from training.muon import Muon
@@ -63,7 +61,7 @@ class Stage:
     rows: int
     mix: dict[str, float]
     active: int = VOCABULARY
-    heads: int = CONFIG["n_head"]
+    heads: int = int(CONFIG["n_head"])
 
 
 STAGES = (

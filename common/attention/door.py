@@ -106,6 +106,7 @@ class Door:
         shared = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
         self.network = copy.deepcopy(network, shared).eval()
         self._names = {module: name for name, module in self.network.named_modules()}
+        self._two_stacks = bool(getattr(self.network.config, "is_encoder_decoder", False))
         if not lead_to(self.network, attend):
             try:
                 self.network.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
@@ -118,7 +119,7 @@ class Door:
     def place_of(self, module: nn.Module) -> Place:
         """Where an attention module stands, by its name, such as `decoder.block.3.layer.1.EncDecAttention`."""
         place = _place(self._names[module])
-        alone = place.stack == "decoder" and not self.network.config.is_encoder_decoder  # OPT's one stack is called so
+        alone = place.stack == "decoder" and not self._two_stacks  # OPT's one stack is called so
         return Place(ONLY_STACK, place.layer) if alone else place
 
     def run(
@@ -199,7 +200,7 @@ def _tap(module: nn.Module, side: str, function: Tap) -> RemovableHandle:
         return None if new is None else (new, *output[1:])
 
     if side == "input":
-        return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_pre_hook(before, with_kwargs=True)  # type: ignore[arg-type]
     return module.register_forward_hook(after)
 
 
@@ -219,7 +220,7 @@ def _predictions(network: nn.Module, places: tuple[Tensor, Tensor] | None) -> li
 def _passed_by(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Blocks that do nothing for the length of a `with` block."""
     for block in blocks:
-        block.forward = _nothing  # type: ignore[method-assign, assignment]
+        block.forward = _nothing
     try:
         yield
     finally:

@@ -33,6 +33,14 @@ class _BloomAttention(Protocol):
     _reshape: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
+class _Config(Protocol):
+    _attn_implementation: str
+
+
+class _Configured(Protocol):
+    config: _Config
+
+
 class _MptAttention(Protocol):
     n_heads: int
     head_dim: int
@@ -75,7 +83,7 @@ def _bloom(module: nn.Module, attend: Attend) -> None:
         call = Call(self, query, key, value, attention_mask, scale=own.inv_norm_factor, causal=True, bias=bias)
         return own.dense(attend(call).flatten(2)) + residual, None  # Bloom adds the stream to it here
 
-    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+    module.forward = MethodType(forward, module)
 
 
 def _mpt(module: nn.Module, attend: Attend) -> None:
@@ -94,7 +102,7 @@ def _mpt(module: nn.Module, attend: Attend) -> None:
         call = Call(self, query, key, value, visible, scale=own.softmax_scale, causal=True, bias=bias)
         return own.out_proj(attend(call).flatten(2)), None
 
-    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+    module.forward = MethodType(forward, module)
 
 
 class _FusedKernel(TorchFunctionMode):
@@ -111,19 +119,21 @@ class _FusedKernel(TorchFunctionMode):
         given = kwargs or {}
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **given)
-        call = Call(self._module, *args[:3], given["attn_mask"], causal=bool(given["is_causal"]))
+        query, key, value = args[:3]
+        call = Call(self._module, query, key, value, given["attn_mask"], causal=bool(given["is_causal"]))
         return self._attend(call).transpose(1, 2)  # torch lets the mode rest while this function runs
 
 
 def _falcon(module: nn.Module, attend: Attend) -> None:
     own = module.forward
-    module.config._attn_implementation = "sdpa"  # all modules share one configuration; without this no kernel is called
+    # All modules share one configuration. Without this Falcon attends in steps of its own and calls no kernel.
+    cast(_Configured, module).config._attn_implementation = "sdpa"
 
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         with _FusedKernel(self, attend):
             return own(*args, **kwargs)
 
-    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+    module.forward = MethodType(forward, module)
 
 
 INLETS: dict[str, Callable[[nn.Module, Attend], None]] = {

@@ -9,7 +9,7 @@ between them, as a z-score.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,6 @@ Pair = tuple[Head, Head]  # an earlier head that writes, and a head of the layer
 WAYS = ("Q", "K", "V")
 ROTATIONS = 200  # random rotations that a composition score is compared with
 SIGNIFICANCE = 0.05  # chance of one false pair among all that are compared
-PAYS_HALF = 0.5  # attention to the previous token from which a head counts as a previous-token head here
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,11 @@ class Composition:
     """
 
     layer: int
-    senders: tuple[Head, ...]
-    scores: dict[str, Floats]
-    baseline: dict[str, Floats]
-    z: dict[str, Floats]
+    senders: tuple[Head, ...] = field(repr=False)
+    scores: dict[str, Floats] = field(repr=False)
+    baseline: dict[str, Floats] = field(repr=False)
+    z: dict[str, Floats] = field(repr=False)
     limit: float
-
-    def __repr__(self) -> str:
-        above = ", ".join(f"{(z > self.limit).sum()} in {way}" for way, z in self.z.items())
-        return f"Composition(layer {self.layer}, {len(self.senders)} earlier heads; above z {self.limit:.1f}: {above})"
 
     def strongest(self, way: str, senders: Sequence[Head], heads: Sequence[Head]) -> Pair:
         """The (sender, head) of the highest z among `senders` and `heads` of the layer."""
@@ -61,7 +56,8 @@ class Composition:
         Previous-token heads pay at least half of their attention there, by `previous_token` [layer, head]; if none
         before this layer does, the one that pays most counts.
         """
-        senders = [head for head in self.senders if previous_token[head.place] >= PAYS_HALF]
+        # With most of its attention there, a head can hand on little but the token before.
+        senders = [head for head in self.senders if previous_token[head.place] >= 0.5]
         return self.strongest("K", senders or [max(self.senders, key=lambda head: previous_token[head.place])], heads)
 
     def record(self, pair: Pair) -> dict[str, object]:
@@ -95,6 +91,7 @@ def compose(model: Model, layer: int, *, seed: int) -> Composition | None:
         scores[way] = _scores(writing, reading)
         random = _random_scores(_spectra(writing), _spectra(reading), corners)
         baseline[way], spread = random.mean(0), random.std(0)
+        # A head of zeros has no spread: no z, rather than 0/0.
         z[way] = np.divide(scores[way] - baseline[way], spread, out=np.zeros_like(spread), where=spread > 0)
     senders = tuple(Head.at(earlier, head) for earlier in range(layer) for head in range(model.n_heads))
     limit = NormalDist().inv_cdf(1 - SIGNIFICANCE / (len(WAYS) * scores["Q"].size))
@@ -105,6 +102,7 @@ def _values_and_outputs(model: Model, layer: int) -> tuple[Floats, Floats]:
     """W_V and W_O^T of every head with the norms around them, [head, d_model, d_head]: W_OV is values · outputs^T."""
     parts = model.parts.layers[layer]
     values = np.repeat(plain(parts.weights.W_V), model.n_heads // len(parts.weights.W_V), axis=0)
+    # The scale of the norm is one number per position: it cancels in a ratio of norms.
     through = (parts.norm or UNCHANGED).linear(np.eye(model.d_model))
     return through @ values, (parts.norm_behind or UNCHANGED).linear(plain(parts.weights.W_O)).swapaxes(1, 2)
 
@@ -129,6 +127,7 @@ def _onto(near: Floats, far: Floats) -> Floats:
 
 def _scores(writing: Floats, reading: Floats) -> Floats:
     """[head that writes, head that reads]; 0 for a head of zeros."""
+    # One reader at a time: all pairs at once would be heads² · d_head² numbers.
     products = [np.linalg.norm(writing.swapaxes(1, 2) @ one, axis=(1, 2)) for one in reading]
     sizes = np.linalg.norm(writing, axis=(1, 2))[:, None] * np.linalg.norm(reading, axis=(1, 2))
     return np.divide(np.stack(products, -1), sizes, out=np.zeros_like(sizes), where=sizes > 0)

@@ -14,9 +14,11 @@ Every sum is compared with what it must add up to; one that does not is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from common import UserError
@@ -33,7 +35,6 @@ CONTEXTS = 32  # rows over which the mean output of MLP 0 is taken
 
 CellPairs = Sequence[tuple[int, int]]  # (query, key) each
 Seen = dict[tuple[int, str], Floats]  # what a run showed, by layer and point, each [batch, pos, ...]
-POSITIONS = (0, "pos_embed")  # what is added to the embedding for positions, in `Seen`
 
 
 # --- how a head reads the stream ---
@@ -63,13 +64,12 @@ class Side:
 
     def read(self, stream: Floats) -> Floats:
         """Query or key [pos, d_head] of a residual stream [pos, d_model], before rotation."""
-        before = self.before.scale(stream) if self.before else 1.0
-        made = (self.before or UNCHANGED).linear(stream) @ self.weight / before + self.constant()
-        return self.after.linear(made) / self.after.scale(made) + self.after.offset if self.after else made
+        return self.read_parts(stream, ((self.before or UNCHANGED).linear(stream) @ self.weight)[None])[0]
 
     def read_part(self, part: Floats, typical: Floats) -> Floats:
         """What a part of the stream [pos, d_model] adds, norms at their mean scale on `typical`; no constant."""
         made = (self.before or UNCHANGED).linear(part) @ self.weight
+        # A part has no scale of its own: alone it would be blown up to the size of a whole stream.
         if self.before:
             made = made / self.before.scale(typical).mean()
         if not self.after:
@@ -83,7 +83,7 @@ class Side:
         `parts` is `linear(written) @ weight` per source; the last source also gets every constant.
         """
         parts = parts / (self.before.scale(stream) if self.before else 1.0)
-        parts[-1] += self.constant()
+        parts[-1] += self.constant()  # before the norm of the head, whose scale depends on it
         if self.after:
             parts = self.after.linear(parts) / self.after.scale(parts.sum(0))
             parts[-1] += self.after.offset
@@ -96,18 +96,15 @@ def sides_of(model: Model, head: Head) -> tuple[Side, Side]:
     Raises UserError for models that norm the queries of all heads at once.
     """
     layer = model.parts.layers[head.layer]
-    weights, (query_norm, key_norm) = layer.weights, layer.norms_of_heads()
+    weights, norms = layer.weights, layer.norms_of_heads()
+    if any(norm and norm.gain.shape not in ((1,), (weights.W_Q.shape[-1],)) for norm in norms):
+        raise UserError(f"{model.name} norms the queries of all heads at once: one head's score is no sum of parts")
+    # Where several query heads share a key head, those of one group stand side by side.
     shared = head.head * len(weights.W_K) // model.n_heads
-    made = []
-    for matrices, biases, place, after in (
-        (weights.W_Q, weights.b_Q, head.head, query_norm),
-        (weights.W_K, weights.b_K, shared, key_norm),
-    ):
-        weight = plain(matrices[place])
-        if after and after.gain.shape not in ((1,), weight.shape[1:]):
-            raise UserError(f"{model.name} norms the queries of all heads at once: one head's score is no sum of parts")
-        bias = np.zeros(weight.shape[1]) if biases is None else plain(biases[place])
-        made.append(Side(layer.norm, weight, bias, after))
+    made: list[Side] = []
+    for matrices, biases, place in ((weights.W_Q, weights.b_Q, head.head), (weights.W_K, weights.b_K, shared)):
+        bias = np.zeros(matrices.shape[-1]) if biases is None else plain(biases[place])
+        made.append(Side(layer.norm, plain(matrices[place]), bias, norms[len(made)]))
     return made[0], made[1]
 
 
@@ -127,16 +124,17 @@ def written(model: Model, tokens: Ints, layer: int) -> Iterator[tuple[str, Float
     """
     seen = _see_stream(model, tokens[None], layer)
     token = mean_first_mlp(model, tokens) if layer else 0.0
-    yield "embed", seen[0, "resid_pre"][0] - seen.get(POSITIONS, np.zeros(1))[0] + token
-    if POSITIONS in seen:
-        yield "pos_embed", np.broadcast_to(seen[POSITIONS][0], (len(tokens), model.d_model))
     constant = np.zeros((len(tokens), model.d_model))
+    positions = constant + seen[0, "pos_embed"][0] if (0, "pos_embed") in seen else None
+    yield "embed", seen[0, "resid_pre"][0] - (0.0 if positions is None else positions) + token
+    if positions is not None:
+        yield "pos_embed", positions
     for earlier in range(layer):
         heads, bias = _head_outputs(model, seen, earlier)
-        mlp = _mlp_output(seen, earlier)[0]
+        mlp = seen[earlier, "mlp"][0]
         if earlier == 0:
             made = through_first_mlp(model, tokens)
-            heads, mlp = heads + made, mlp - token - made.sum(0)
+            heads, mlp = heads + made, mlp - token - made.sum(0)  # so that all sources still sum to the stream
         yield from ((str(Head.at(earlier, head)), output) for head, output in enumerate(heads))
         yield f"mlp{earlier}", mlp
         constant = constant + bias
@@ -152,7 +150,7 @@ def mean_first_mlp(model: Model, tokens: Ints) -> Floats:
     """
     every, place = np.unique(tokens, return_inverse=True)
     rows = np.stack([_context(model, every[every != model.bos], row) for row in range(CONTEXTS)])
-    made = _mlp_output(_see_stream(model, rows, 1), 0)
+    made = _see_stream(model, rows, 1)[0, "mlp"]
     return np.stack([made[rows == token].mean(0) for token in every])[place]
 
 
@@ -163,50 +161,40 @@ def through_first_mlp(model: Model, tokens: Ints) -> Floats:
     what MLP 0 wrote; the rest is the source `mlp0`. Zero where MLP 0 does not see these heads (parallel blocks).
     """
     rows = np.repeat(tokens[None], model.n_heads + 1, axis=0)  # one per silent head; the last row is left as it is
-    made = _mlp_output(_see_stream(model, rows, 1, [_silent_in_own_row(head) for head in range(model.n_heads)]), 0)
+    edits = [Edit(Head.at(0, head), "z", partial(_silent_in, head)) for head in range(model.n_heads)]
+    made = _see_stream(model, rows, 1, edits)[0, "mlp"]
     return made[-1] - made[:-1]
 
 
-def _silent_in_own_row(head: int) -> Edit:
-    def silence(output: Tensor, rows: slice) -> Tensor:
-        output = output.clone()
-        output[head] = 0.0
-        return output
-
-    return Edit(Head.at(0, head), "z", silence)
+def _silent_in(row: int, output: Tensor, rows: slice) -> Tensor:
+    # All rows are in one run, so a head's own row is the one of its number.
+    return output.index_fill(0, torch.tensor(row, device=output.device), 0.0)
 
 
 def _context(model: Model, tokens: Ints, row: int) -> Ints:
     """BOS, then the different `tokens` and as many random ones, as far as the context reaches, in random order."""
     rng = np.random.default_rng([CONTEXTS, row])
+    # Other tokens too: among a text's own few, a token would meet the same neighbours in every context.
     others = rng.choice(model.ordinary(), size=min(len(tokens), model.context - 1 - len(tokens)))
     return np.concatenate([[model.bos], rng.permutation(np.concatenate([tokens, others]))])
 
 
 def _see_stream(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = ()) -> Seen:
-    """The residual stream before and within the layers up to `layer`, and what their heads put out."""
-    wanted = {(layer, "resid_pre")}
-    for index in range(layer):
-        # Parallel blocks have no stream between attention and MLP: there the attention's own output is read.
-        middle = "resid_mid" if model.parts.layers[index].sequential else "attn_out"
-        wanted |= {(index, "resid_pre"), (index, middle), (index, "z")}
+    """What the layers up to `layer` read of the stream; of those before it `z`, and what attention and MLP added."""
+    # Parallel blocks have no stream between attention and MLP: there the attention's own output is read.
+    middle = ["resid_mid" if one.sequential else "attn_out" for one in model.parts.layers]
+    wanted = {(index, point) for index in range(layer) for point in ("resid_pre", middle[index], "z")}
     added: list[Tensor] = []
     positions = model.parts.positions
     taps = [] if positions is None else [(positions, "output", added.append)]
-    seen = {point: plain(value) for point, value in model.record(tokens, wanted, edits, taps=taps).items()}
-    return {**seen, POSITIONS: plain(added[0])} if added else seen
-
-
-def _attention_output(seen: Seen, layer: int) -> Floats:
-    """[batch, pos, d_model] that the attention of `layer` added to the residual stream."""
-    if (layer, "resid_mid") in seen:
-        return seen[layer, "resid_mid"] - seen[layer, "resid_pre"]
-    return seen[layer, "attn_out"]
-
-
-def _mlp_output(seen: Seen, layer: int) -> Floats:
-    """[batch, pos, d_model] that `layer` added to the residual stream besides its attention."""
-    return seen[layer + 1, "resid_pre"] - seen[layer, "resid_pre"] - _attention_output(seen, layer)
+    found = model.record(tokens, wanted | {(layer, "resid_pre")}, edits, taps=taps)
+    seen = {point: plain(value) for point, value in found.items()}
+    for index in range(layer):
+        before, after = seen[index, "resid_pre"], seen[index, middle[index]]
+        # Bloom's attention hands on the stream with its output in it, so the difference is taken where there is one.
+        seen[index, "attention"] = after - before if middle[index] == "resid_mid" else after
+        seen[index, "mlp"] = seen[index + 1, "resid_pre"] - before - seen[index, "attention"]
+    return {**seen, (0, "pos_embed"): plain(added[0])} if added else seen
 
 
 def _head_outputs(model: Model, seen: Seen, layer: int) -> tuple[Floats, Floats]:
@@ -218,9 +206,10 @@ def _head_outputs(model: Model, seen: Seen, layer: int) -> tuple[Floats, Floats]
     heads = np.matmul(seen[layer, "z"][0].swapaxes(0, 1), plain(weights.W_O))
     bias = np.zeros(heads.shape[1:]) + (0.0 if weights.b_O is None else plain(weights.b_O))
     if behind:
+        # The norm acts on the sum of the heads; with its scale frozen, what is left is linear in each of them.
         scale = behind.scale(heads.sum(0) + bias)
         heads, bias = behind.linear(heads) / scale, behind.linear(bias) / scale + behind.offset
-    output = _attention_output(seen, layer)[0]
+    output = seen[layer, "attention"][0]
     if np.abs(heads.sum(0) + bias - output).max() > largest_allowed(SUM_ERRORS, model.dtype) * np.abs(output).max():
         raise UserError(f"the heads of layer {layer} of {model.name} do not add up to what its attention writes")
     return heads, bias
@@ -249,19 +238,14 @@ class Decomposition:
     `error` is the largest error of both sums over the cells, relative to the head's largest score on the row.
     """
 
-    sources: tuple[str, ...]
-    cells: tuple[tuple[int, int], ...]
+    sources: tuple[str, ...] = field(repr=False)
+    cells: tuple[tuple[int, int], ...] = field(repr=False)
     kind: str
-    raw: Floats
-    terms: Floats
+    raw: Floats = field(repr=False)
+    terms: Floats = field(repr=False)
     score: float
     score_advantage: float
     error: float
-
-    def __repr__(self) -> str:
-        size = f"{len(self.sources)} × {len(self.sources)} terms, off by {self.error:.1e} at most"
-        advantage = f"score advantage {self.score_advantage:.2f} on {len(self.cells)} {self.kind}"
-        return f"Decomposition({advantage}; largest {self.top(1)}; {size})"
 
     def top(self, count: int) -> list[tuple[str, str, float]]:
         """The `count` terms of largest absolute value, largest first: (query source, key source, part of
@@ -273,18 +257,15 @@ class Decomposition:
     def record(self, count: int) -> dict[str, object]:
         """The numbers as results.json holds them, with the `count` largest terms."""
         return {
-            "cells": self.cells,
-            "cells_are": self.kind,
-            "score": self.score,
-            "score_advantage": self.score_advantage,
-            "relative_error": self.error,
-            "sources": self.sources,
+            "cells": self.cells, "cells_are": self.kind, "score": self.score, "score_advantage": self.score_advantage,
+            "relative_error": self.error, "sources": self.sources,
             "terms": [{"query": query, "key": key, "value": value} for query, key, value in self.top(count)],
-        }
+        }  # fmt: skip
 
 
 def split_heads(model: Model, tokens: Ints, layer: int, heads: Sequence[int], rules: Rules) -> dict[int, SplitHead]:
     """q and k of each of the `heads` of `layer` on one row of ids [pos], by source."""
+    # Keyed by (head, side), side 0 for queries and 1 for keys.
     sides = {(head, side): one for head in heads for side, one in enumerate(sides_of(model, Head.at(layer, head)))}
     norm = model.parts.layers[layer].norm or UNCHANGED
     names: list[str] = []
@@ -320,7 +301,7 @@ def decompose(
         chosen = cells or largest_cells(interaction.pattern[0, head], FALLBACK_CELLS)
         kind = "induction cells" if cells else "cells with most attention"
         found[head] = _decomposition(split[head], interaction, head, chosen, kind)
-        if not found[head].error <= allowed:
+        if not found[head].error <= allowed:  # NaN is refused, too
             raise UserError(
                 f"the parts of head {Head.at(interaction.layer, head)} of {model.name} do not add up to its score (off "
                 f"by {found[head].error:.2g} of its largest score, allowed {allowed:.2g}): no decomposition of it is "
@@ -333,22 +314,20 @@ def _decomposition(split: SplitHead, interaction: Interaction, head: int, cells:
     rules, products = interaction.rules, interaction.products[0, head]
     query, key = (np.array(places, dtype=np.int64) for places in zip(*cells, strict=True))
     others = _other_keys(rules.visible[0], query, key)
-    against = split.k[:, key] - np.einsum("cp,spd->scd", others, split.k)
+    q, k = rules.scale * split.q[:, query], split.k[:, key]
+    against = k - np.einsum("cp,spd->scd", others, split.k)
     advantages = score_advantages(products, rules.visible[0], query, key)
-    summed = rules.scale * split.q[:, query].sum(0)
-    off = np.abs([
-        (summed * split.k[:, key].sum(0)).sum(-1) - products[query, key],
-        (summed * against.sum(0)).sum(-1) - advantages,
-    ])  # fmt: skip
+    both = ((k, products[query, key]), (against, advantages))
+    off = [np.abs((q.sum(0) * keys.sum(0)).sum(-1) - theirs).max() for keys, theirs in both]
     return Decomposition(
         sources=split.sources,
         cells=tuple((int(a), int(b)) for a, b in cells),
         kind=kind,
-        raw=rules.scale * _mean_products(split.q[:, query], split.k[:, key]),
-        terms=rules.scale * _mean_products(split.q[:, query], against),
+        raw=np.tensordot(q, k, axes=([1, 2], [1, 2])) / len(cells),  # mean over cells of q·k, source by source
+        terms=np.tensordot(q, against, axes=([1, 2], [1, 2])) / len(cells),
         score=float(products[query, key].mean()),
         score_advantage=float(advantages.mean()),
-        error=float(off.max() / max(np.abs(products[rules.visible[0]]).max(), np.finfo(float).tiny)),
+        error=float(max(off) / max(np.abs(products[rules.visible[0]]).max(), np.finfo(float).tiny)),
     )
 
 
@@ -361,20 +340,15 @@ def score_advantages(products: Floats, visible: Bools, query: Ints, key: Ints) -
 def _other_keys(visible: Bools, query: Ints, key: Ints) -> Floats:
     """[cells, pos]: weights that average over the keys a query sees besides BOS and its own cells; 0 if none."""
     others = visible.copy()
-    others[:, 0] = False
+    others[:, 0] = False  # BOS takes the attention that goes nowhere: its score says nothing of the other keys
     others[query, key] = False
     return others[query] / np.maximum(others[query].sum(-1, keepdims=True), 1.0)
-
-
-def _mean_products(q: Floats, k: Floats) -> Floats:
-    """[source, source]: the mean over cells of q·k, from [source, cell, d_head] each."""
-    return np.tensordot(q, k, axes=([1, 2], [1, 2])) / q.shape[1]
 
 
 def largest_cells(pattern: Floats, count: int) -> list[tuple[int, int]]:
     """The `count` (query, key) cells with most attention in a pattern [query, key], BOS and first query left out."""
     candidates = np.where(np.tril(np.ones_like(pattern, dtype=bool)), pattern, -1.0)
-    candidates[:2], candidates[:, 0] = -1.0, -1.0  # BOS takes attention that goes nowhere; query 1 sees little else
+    candidates[:2], candidates[:, 0] = -1.0, -1.0  # query 1 sees BOS and itself alone
     order = np.argsort(-candidates, axis=None, kind="stable")[:count]
     cells = zip(*np.unravel_index(order, pattern.shape), strict=True)
     return [(int(query), int(key)) for query, key in cells if candidates[query, key] >= 0]

@@ -13,7 +13,7 @@ Arrays are float64 NumPy arrays on the CPU, whatever the model computes in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -102,7 +102,7 @@ class Rules:
         """Softmax over the visible keys of each query; 0 elsewhere."""
         seen = np.where(self.visible[:, None], scores, -np.inf)
         sinks = np.full((1, 1, 1, 1), -np.inf) if self.sinks is None else self.sinks.reshape(1, -1, 1, 1)
-        highest = np.maximum(seen.max(-1, keepdims=True), sinks)
+        highest = np.maximum(seen.max(-1, keepdims=True), sinks)  # taken off, as exp overflows from 710 on
         weight = np.exp(seen - highest)
         return weight / (weight.sum(-1, keepdims=True) + np.exp(sinks - highest))
 
@@ -130,18 +130,13 @@ class Interaction:
     """
 
     layer: int
-    q: Floats
-    k: Floats
-    products: Floats
-    scores: Floats
-    pattern: Floats
-    rules: Rules
+    q: Floats = field(repr=False)
+    k: Floats = field(repr=False)
+    products: Floats = field(repr=False)
+    scores: Floats = field(repr=False)
+    pattern: Floats = field(repr=False)
+    rules: Rules = field(repr=False)
     check: Check
-
-    def __repr__(self) -> str:
-        batch, pos, heads, _ = self.q.shape
-        error = f"off by {self.check.max_abs_error:.1e} at most"
-        return f"Interaction(layer {self.layer}: {batch} rows of {pos} tokens, {heads} heads; {error})"
 
 
 def interact(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = ()) -> Interaction:
@@ -154,7 +149,8 @@ def interact(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = ())
     check_exists(model, layer, None)
     call, given = _see(model, tokens, layer, edits)
     rules = _rules(call, given)
-    q, k = (plain(part.transpose(1, 2)) for part in (call.queries() / _within(call), call.keys()))
+    q, k = (plain(part.transpose(1, 2)) for part in (call.queries(), call.keys()))
+    q = q / _within(call)  # in float64: a division in 16 bits would round once more
     products = rules.scale * dot_products(q, k)
     scores = rules.scores(products)
     pattern = rules.pattern(scores)
@@ -170,8 +166,8 @@ def interact(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = ())
 def export(interaction: Interaction, tokens: Ints, path: Path) -> None:
     """Write q and k [pos, head, d_head] (float32) and the ids [pos] of one row to a safetensors file."""
     arrays = {"q": interaction.q[0].astype(np.float32), "k": interaction.k[0].astype(np.float32), "tokens": tokens}
-    contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}  # safetensors writes memory as is
-    save_file(contiguous, path, {"layer": str(interaction.layer)})
+    packed = {key: np.ascontiguousarray(value) for key, value in arrays.items()}  # safetensors writes memory as it lies
+    save_file(packed, path, {"layer": str(interaction.layer)})
 
 
 def check_exists(model: Model, layer: int | None, head: int | None) -> None:
@@ -184,6 +180,7 @@ def check_exists(model: Model, layer: int | None, head: int | None) -> None:
 
 def dot_products(q: Floats, k: Floats) -> Floats:
     """[batch, head, query, key] from q and k [batch, pos, head, d_head]: every query with every key, head by head."""
+    # Named axes, because the best-known wrong map multiplies head with head and looks right on short texts.
     pattern = "batch query head d_head, batch key head d_head -> batch head query key"
     return einsum(torch.from_numpy(q), torch.from_numpy(k), pattern).numpy()
 
@@ -201,8 +198,7 @@ def _see(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit]) -> tuple
     calls: list[Call] = []
     given: dict[str, object] = {}
     module = model.parts.layers[layer].attention
-    # The call holds q and k that are rotated already: the angles are read one step before, where transformers hands
-    # them to the module.
+    # In the call q and k are rotated already, so the angles are read one step before it.
     handle = module.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
     try:
         model.read(tokens, lambda _, call: calls.append(call), [layer], edits)
@@ -213,17 +209,14 @@ def _see(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit]) -> tuple
 
 def _rules(call: Call, given: Mapping[str, object]) -> Rules:
     """The layer's scale, soft-cap, position bias, mask, rotation and sinks, in this call."""
-    visible, added = _mask(call)
+    visible, bias = _mask(call)
+    if call.bias is not None:
+        bias = plain(call.bias) + (0.0 if bias is None else bias)
+    sinks = None if call.sinks is None else plain(call.sinks)
     angles = cast("Sequence[torch.Tensor] | None", given.get("position_embeddings"))
-    biases = [bias for bias in (None if call.bias is None else plain(call.bias), added) if bias is not None]
-    return Rules(
-        scale=call.scale * _within(call),
-        softcap=call.softcap,
-        bias=sum(biases[1:], biases[0]) if biases else None,
-        visible=visible,
-        rotation=None if angles is None else Rotation.of([plain(part)[0] for part in angles]),
-        sinks=None if call.sinks is None else plain(call.sinks),
-    )
+    # All rows stand at the same positions, so the angles of the first hold for all.
+    rotation = None if angles is None else Rotation.of([plain(part)[0] for part in angles])
+    return Rules(call.scale * _within(call), call.softcap, bias, visible, rotation, sinks)
 
 
 def _within(call: Call) -> float:
@@ -234,18 +227,16 @@ def _within(call: Call) -> float:
 
 def _mask(call: Call) -> tuple[Bools, Floats | None]:
     """[batch, query, key]: which keys a query may see; and what the mask adds to the scores of those, or None."""
-    batch, _, queries, _ = call.q.shape
-    shape, mask = (batch, queries, call.k.shape[2]), call.mask
-    seen = np.tril(np.ones(shape[1:], dtype=bool)) if call.causal else np.ones(shape[1:], dtype=bool)
-    if mask is None:
-        return np.broadcast_to(seen, shape), None
-    if mask.dtype == torch.bool:
-        return np.broadcast_to(seen & plain(mask)[:, 0].astype(bool), shape), None
-    numbers = plain(mask)
+    visible = np.ones((len(call.q), call.q.shape[2], call.k.shape[2]), dtype=bool)
+    visible = np.tril(visible) if call.causal else visible  # no mask comes where the kernel knows it is causal
+    if call.mask is None:
+        return visible, None
+    if call.mask.dtype == torch.bool:
+        return visible & call.mask[:, 0].cpu().numpy(), None
     # A mask in numbers hides a key by the lowest number of its type; the others may be ALiBi (Falcon has both in one).
-    within = numbers > torch.finfo(mask.dtype).min / 2
-    added = np.where(within, numbers, 0.0)
-    return np.broadcast_to(seen & within[:, 0], shape), added if added.any() else None
+    numbers = plain(call.mask)
+    within = numbers > torch.finfo(call.mask.dtype).min / 2
+    return visible & within[:, 0], np.where(within, numbers, 0.0)
 
 
 # --- the self-check ---
@@ -253,6 +244,7 @@ def _mask(call: Call) -> tuple[Bools, Floats | None]:
 
 def _allowed(q: Floats, k: Floats, scale: float, dtype: torch.dtype) -> float:
     """The error to allow: a fixed one, or that of the model's own sums of products where those are very large."""
+    # Rounding grows with the size of the terms, which may cancel in the score itself.
     largest = float(scale * dot_products(np.abs(q), np.abs(k)).max())
     return max(largest_allowed(SCORE_ERRORS, dtype), ROUNDINGS * torch.finfo(dtype).eps * largest)
 
@@ -267,7 +259,7 @@ def _largest_error(
     ours, theirs = maps[0], plain(maps[1])
     error = np.where(visible[:, None], np.abs(ours - theirs), 0.0)
     worst = np.unravel_index(int(np.argmax(error)), error.shape)
-    if error[worst] <= allowed:
+    if error[worst] <= allowed:  # not so for NaN either, which argmax finds first
         return float(error[worst])
     _, head, query, key = (int(place) for place in worst)
     raise UserError(

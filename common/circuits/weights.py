@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,16 +62,11 @@ class HeadCircuits:
 
     head: Head
     tokens: Ints
-    by_distance: dict[int, Floats]
+    by_distance: dict[int, Floats] = field(repr=False)
     sender: Head | None
-    composed: Floats | None
-    position: Floats | None
-    directions: list[Direction]
-
-    def __repr__(self) -> str:
-        through = f", through {self.sender}" if self.sender else ""
-        far = list(self.by_distance)
-        return f"HeadCircuits(head {self.head}{through}: {len(self.tokens)} tokens at distances {far})"
+    composed: Floats | None = field(repr=False)
+    position: Floats | None = field(repr=False)
+    directions: list[Direction] = field(repr=False)
 
 
 def head_circuits(
@@ -83,15 +78,20 @@ def head_circuits(
     layer. Raises UserError where queries and keys cannot be read (`interact`, `sides_of`).
     """
     rules = interact(model, tokens[None], head.layer).rules
-    different = tokens[np.sort(np.unique(tokens, return_index=True)[1])][:MOST_TOKENS]
+    different = tokens[np.sort(np.unique(tokens, return_index=True)[1])][:MOST_TOKENS]  # BOS stays the first
     sides, embedded = sides_of(model, head), read_embeddings(model, different, head.layer)
+    q, k = (side.read(embedded) for side in sides)
     far = [distance for distance in distances if distance < len(tokens)] if rules.rotation else [0]
+    composed = None
+    if sender:
+        sent = sides[1].read_part(output_for_tokens(model, sender, different), embedded)
+        composed = token_circuit(q, sent, rules, far[0])
     return HeadCircuits(
         head=head,
         tokens=different,
-        by_distance={distance: token_circuit(sides, embedded, rules, distance) for distance in far},
+        by_distance={distance: token_circuit(q, k, rules, distance) for distance in far},
         sender=sender,
-        composed=composed_circuit(model, head, sender, different, rules, far[0]) if sender else None,
+        composed=composed,
         position=position_circuit(split_heads(model, tokens, head.layer, [head.head], rules)[head.head], rules),
         directions=singular_directions(sides, embedded, rules.scale, DIRECTIONS),
     )
@@ -99,43 +99,34 @@ def head_circuits(
 
 def read_embeddings(model: Model, tokens: Ints, layer: int) -> Floats:
     """The embedding that `layer` reads of each of the ids [pos], [pos, d_model]."""
-    return next(written(model, tokens, layer))[1]
+    return next(written(model, tokens, layer))[1]  # the first source, so nothing behind it is computed
 
 
-def token_circuit(sides: tuple[Side, Side], embedded: Floats, rules: Rules, distance: int) -> Floats:
-    """[query token, key token]: the scores of one head on embeddings [token, d_model], `distance` positions apart.
+def token_circuit(q: Floats, k: Floats, rules: Rules, distance: int) -> Floats:
+    """[query, key]: scores of one head's queries with its keys [token, d_head], `distance` positions apart.
 
     `distance` matters on rotary models only; it must be less than the positions that `rules.rotation` holds.
     """
-    return _meet(sides[0].read(embedded), sides[1].read(embedded), rules, distance)
-
-
-def _meet(q: Floats, k: Floats, rules: Rules, distance: int) -> Floats:
-    """[query, key]: scaled products of q and k [token, d_head], the queries turned `distance` positions on."""
     if rules.rotation is not None:
         q = rules.rotation.turn(q, slice(distance, distance + 1))
-        k = rules.rotation.turn(k, slice(1))
+        k = rules.rotation.turn(k, slice(1))  # only the difference of positions counts, so keys stand at 0
     return rules.scale * q @ k.T
 
 
-def composed_circuit(model: Model, head: Head, sender: Head, tokens: Ints, rules: Rules, distance: int) -> Floats:
-    """[query token, key token]: the part of the scores of `head` that the output of `sender` for the key token makes.
+def output_for_tokens(model: Model, sender: Head, tokens: Ints) -> Floats:
+    """[token, d_model]: what `sender` writes when it attends to nothing but one of the ids [token].
 
-    The key position holds the output of the earlier head `sender` when it attends to nothing but the token; norms keep
-    the mean scale that they have on the embeddings. An induction head fed by a previous-token head shows a diagonal:
-    a token looks for the place behind its own copy.
+    Read as a key by a later head, norms at the mean scale that they have on the embeddings, it shows a diagonal for an
+    induction head fed by a previous-token head: a token looks for the place behind its own copy.
     """
-    sides, embedded = sides_of(model, head), read_embeddings(model, tokens, head.layer)
-    below = model.parts.layers[sender.layer]
-    weights, read = below.weights, read_embeddings(model, tokens, sender.layer)
-    if below.norm:
-        read = below.norm.linear(read) / below.norm.scale(read) + below.norm.offset
-    shared = sender.head * len(weights.W_V) // model.n_heads
-    value = read @ plain(weights.W_V[shared])
-    if weights.b_V is not None:
-        value = value + plain(weights.b_V[shared])
-    k = sides[1].read_part(value @ plain(weights.W_O[sender.head]), embedded)
-    return _meet(sides[0].read(embedded), k, rules, distance)
+    layer, read = model.parts.layers[sender.layer], read_embeddings(model, tokens, sender.layer)
+    if layer.norm:
+        read = layer.norm.linear(read) / layer.norm.scale(read) + layer.norm.offset
+    shared = sender.head * len(layer.weights.W_V) // model.n_heads
+    value = read @ plain(layer.weights.W_V[shared])
+    if layer.weights.b_V is not None:
+        value = value + plain(layer.weights.b_V[shared])
+    return value @ plain(layer.weights.W_O[sender.head])
 
 
 def position_circuit(split: SplitHead, rules: Rules) -> Floats | None:
@@ -160,8 +151,9 @@ def singular_directions(sides: tuple[Side, Side], embedded: Floats, scale: float
     found = []
     for index in range(min(count, len(strengths))):
         query, key = scaled @ queries[:, index], scaled @ keys[index]
+        # Singular vectors come with either sign; without a rule it would differ from one machine to the next.
         sign = np.sign(query[np.argmax(np.abs(query))])
         share = float(strengths[index] ** 2 / (strengths**2).sum())
-        root = np.sqrt(scale * strengths[index])
+        root = np.sqrt(scale * strengths[index])  # half of the strength to each side: their product is the score
         found.append(Direction(share, sign * root * query, sign * root * key))
     return found

@@ -37,6 +37,8 @@ LEAST_EFFECT = 0.05  # nats; a smaller effect on the logit is negligible too
 FALSE_POSITIVES = 0.01  # chance that a model without induction has a head that passes
 MOST = 0.5  # "most of its attention"
 
+Sums = Mapping[str, RowSums]  # per head type and part of the budget, [rows, layers, heads]
+
 VERDICTS = ("none", "first-token", "previous-token", "duplicate-token", "attends-only", "suppression", "induction")
 
 
@@ -113,16 +115,10 @@ def attend(repeats: RowSums, controls: RowSums, precision: Precision, *, thresho
     return Attention(score, control, limit, low, high, confidence)
 
 
-def detect(
-    repeats: Mapping[str, RowSums],
-    controls: Mapping[str, RowSums],
-    effect: Floats,
-    *,
-    threshold: float | None = None,
-) -> Detection:
+def detect(repeats: Sums, controls: Sums, effect: Floats, *, threshold: float | None = None) -> Detection:
     """The verdict on every head.
 
-    `repeats`, `controls`: attention sums per head type, [rows, layers, heads], on battery rows and on their controls.
+    `repeats`, `controls`: attention on battery rows and on their controls.
     `effect`: total effect on the correct token, [rows, layers, heads], in nats, on any rows with a repeat.
     `threshold`: one number in [0, 1] for all heads in place of their own.
     """
@@ -134,15 +130,11 @@ def detect(
     effects = resampled_mean(effect, bootstrap_weights(len(effect), seed=1))
     resampled = _verdicts(repeats, controls, effects, bootstrap_weights(rows), precision, threshold)
     return Detection(
-        found.score,
-        found.control,
-        found.threshold,
-        found.low,
-        found.high,
+        found.score, found.control, found.threshold, found.low, found.high,
         confidence=(resampled == verdict).mean(0),
         verdict=np.array(VERDICTS)[verdict],
         resampled=resampled == VERDICTS.index("induction"),
-    )
+    )  # fmt: skip
 
 
 def deviations(heads: int, precision: Precision) -> float:
@@ -156,10 +148,7 @@ def deviations(heads: int, precision: Precision) -> float:
 def _against_null(
     repeats: RowSums, controls: RowSums, weights: Floats, precision: Precision, threshold: float | None
 ) -> tuple[Floats, Floats, Floats]:
-    """Score, threshold and mean of the control, each [resamples, layers, heads].
-
-    `weights`: [resamples, rows], how many times each row counts.
-    """
+    """Score, threshold and control, [resamples, layers, heads] each; rows count `weights` [resamples, rows] times."""
     score, _ = repeats.resampled(weights)
     control, spread = controls.resampled(weights)
     if threshold is not None:
@@ -169,12 +158,7 @@ def _against_null(
 
 
 def _verdicts(
-    repeats: Mapping[str, RowSums],
-    controls: Mapping[str, RowSums],
-    effect: Floats,
-    weights: Floats,
-    precision: Precision,
-    threshold: float | None,
+    repeats: Sums, controls: Sums, effect: Floats, weights: Floats, precision: Precision, threshold: float | None
 ) -> NDArray[np.int64]:
     """Each head's verdict as its index in `VERDICTS`, [resamples, layers, heads]."""
 
@@ -195,7 +179,7 @@ def _verdicts(
     return np.select(list(conditions.values()), [VERDICTS.index(name) for name in conditions], VERDICTS.index("none"))
 
 
-def _budget_part(repeats: Mapping[str, RowSums], part: str, weights: Floats) -> Floats:
+def _budget_part(repeats: Sums, part: str, weights: Floats) -> Floats:
     """The share of its attention, in [0, 1], that a query with a target pays to `part`, [resamples, layers, heads]."""
     # Divided by all queries with a target, not by those that have a cell of this part: the parts must sum to 1.
     queries = weights @ repeats["prefix_matching"].counts

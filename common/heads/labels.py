@@ -21,6 +21,7 @@ from common.attention.head import Head
 if TYPE_CHECKING:
     from common.loading.model import Model
 
+# Published tables lie beside the models, not in the code: adding one needs no change here.
 PUBLISHED = Path(__file__).resolve().parents[2] / "models" / "published"
 
 
@@ -95,6 +96,7 @@ def _existing_head(name: object, path: Path, n_layers: int, n_heads: int) -> Hea
         head = Head.parse(name)
     except UserError as error:
         raise UserError(f"labels {path}: {error}") from None
+    # Labels are for causal models, which have one stack and so no name for it.
     if head.stack or head.layer >= n_layers or head.head >= n_heads:
         raise UserError(f"labels {path}: no head {name} in a model of {n_layers} layers with {n_heads} heads each")
     return head

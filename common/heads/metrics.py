@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
 from common.heads.labels import Labels
 from common.heads.statistics import Floats, percentile_interval
@@ -43,6 +42,8 @@ def evaluate(detected: HeadMask, score: Floats, resampled: HeadMask, labels: Lab
 
     `resampled`: [resamples, layers, heads], what is detected when rows are drawn again.
     """
+    from sklearn.metrics import average_precision_score  # not above: importing sklearn writes to os.environ
+
     truth = labels.mask(detected.shape)
     precision, recall, f1 = agreement(truth, detected)
     average = float(average_precision_score(truth.ravel(), score.ravel())) if truth.any() else None
@@ -61,6 +62,8 @@ def agreement(truth: HeadMask, detected: HeadMask) -> tuple[float, float, float]
     Undefined cases are decided: if nothing is labelled and nothing detected, all three are 1.0; otherwise a share of
     nothing is 0.0.
     """
+    from sklearn.metrics import precision_recall_fscore_support
+
     # sklearn would call "nothing to find, nothing found" 0.0, and a right answer would look like the worst one.
     if not truth.any() and not detected.any():
         return 1.0, 1.0, 1.0

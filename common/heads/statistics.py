@@ -24,10 +24,7 @@ LEVEL = 0.95  # of every interval
 
 @dataclass(frozen=True)
 class RowSums:
-    """Values summed per row.
-
-    `sums`, `squares`: [rows, ...], sums of the values and of their squares. `counts`: [rows], how many values.
-    """
+    """Values summed per row: `sums` and `squares` [rows, ...] of the values and of their squares, `counts` [rows]."""
 
     sums: Floats
     squares: Floats
@@ -35,11 +32,8 @@ class RowSums:
 
     def __add__(self, other: RowSums) -> RowSums:
         """The rows of both, these first."""
-        return RowSums(
-            np.concatenate([self.sums, other.sums]),
-            np.concatenate([self.squares, other.squares]),
-            np.concatenate([self.counts, other.counts]),
-        )
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return RowSums(*(np.concatenate(pair) for pair in pairs))
 
     def mean(self) -> Floats:
         """Mean over all values, [...]; NaN if there are none."""
@@ -50,10 +44,8 @@ class RowSums:
         return self.resampled(np.ones((1, len(self.counts))))[1][0]
 
     def resampled(self, weights: Floats) -> tuple[Floats, Floats]:
-        """Mean and standard deviation, each [resamples, ...].
-
-        `weights`: [resamples, rows], how many times each row counts. NaN for a resample without values.
-        """
+        """Mean and standard deviation, each [resamples, ...], with each row counted `weights` [resamples, rows] times;
+        NaN for a resample without values."""
         counts = weights @ self.counts
         mean = divided(np.tensordot(weights, self.sums, 1), counts)
         mean_square = divided(np.tensordot(weights, self.squares, 1), counts)
@@ -91,10 +83,7 @@ def percentile_interval(resampled: Floats) -> tuple[Floats, Floats]:
 
 
 def resampled_mean(values: Floats, weights: Floats) -> Floats:
-    """Mean over rows of the `values` [rows, ...], [resamples, ...].
-
-    `weights`: [resamples, rows], how many times each row counts.
-    """
+    """Mean over rows of [rows, ...] values, [resamples, ...], each row counted `weights` [resamples, rows] times."""
     return divided(np.tensordot(weights, values, 1), weights.sum(1))
 
 

@@ -97,7 +97,7 @@ def survey(
         with progress(f"scoring heads, rows {first + 1} to {first + LOT}", steps) as advance:
             evidence = gather_evidence(model, lot, no_direct_path, batch_size=batch_size, advance=advance)
         evidence = state.evidence + evidence if state else evidence
-        state = Survey(evidence.decide(threshold), evidence, first + LOT, length)
+        state = Survey(evidence.decide(threshold), evidence, first + LOT, lot.repeats.tokens.shape[1])
     return state
 
 

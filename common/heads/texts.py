@@ -17,13 +17,13 @@ import numpy as np
 from common.heads.detection import Attention, Precision, attend
 from common.heads.scores import HeadScores, per_query, score
 from common.heads.statistics import Floats, Ints, RowSums
-from common.heads.tokens import TokenBatch, text_controls
+from common.heads.tokens import TokenBatch, with_controls
 
 if TYPE_CHECKING:
     from common.loading.model import Model
 
-CONTROL_ROWS = 32
-FEW = 5
+CONTROL_ROWS = 32  # as many as a lot of the battery has
+FEW = 5  # a bootstrap of fewer values gives an interval that is too narrow
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TextScores:
     """What the heads do on a text.
 
     `scores`: of every head type. `queries`: how many have a target. `attention`: to the targets, against the null; None
-    if no query has a target. `cells`: the induction cells, as (query, key).
+    if no query has a target that a control row can be free of. `cells`: the induction cells, as (query, key).
     """
 
     scores: HeadScores
@@ -48,9 +48,9 @@ def score_text(model: Model, tokens: Ints, *, seed: int, batch_size: int, thresh
     batch = TokenBatch.of([tokens], pad=model.bos)
     cells = batch.cells["prefix_matching"]
     attention = None
-    if len(cells.group_row):
-        paid = per_query(model, batch, batch_size=1)
-        controls = text_controls(batch, model.ordinary(), rows=CONTROL_ROWS, seed=seed)
+    compared, controls = with_controls(batch, model.ordinary(), rows=CONTROL_ROWS, seed=seed)
+    if len(compared.cells["prefix_matching"].group_row):
+        paid = per_query(model, compared, batch_size=1)
         null = per_query(model, controls, batch_size=batch_size).reshape(CONTROL_ROWS, *paid.shape)
         attention = _attend_by_query(paid, null, threshold)
     pairs = list(zip(cells.query.tolist(), cells.key.tolist(), strict=True))

@@ -33,7 +33,7 @@ from common.heads.statistics import Ints
 HEAD_TYPES = ("prefix_matching", "previous_token", "duplicate_token", "first_token", "current_token")
 BUDGET = ("targets", "previous", "self", "duplicates", "bos", "other")
 ROW_LENGTH = 128  # tokens of a battery row, BOS included; less where the context is shorter
-SHORTEST_ROW = 8  # BOS, a segment of two tokens twice, and some room for a gap
+SHORTEST = 8  # BOS, a segment of two tokens twice, and some room for a gap
 
 
 @dataclass(frozen=True)
@@ -196,15 +196,19 @@ class Battery:
 def battery(ordinary: Ints, bos: int, *, rows: int, length: int, seed: int, first: int = 0) -> Battery:
     """Draw `rows` rows of `length` ids, BOS first, the others from the `ordinary` tokens, from row number `first` on.
 
+    In a control row no token comes twice, so rows are shorter where there are fewer ordinary tokens than `length`: a
+    token that recurs by chance would be a real target, and a perfect head would find it in its own null.
     Row r depends on (seed, r) alone, so more rows can be drawn later.
-    Raises UserError if a row is too short to hold a segment twice, or if there are fewer than two ordinary tokens.
+    Raises UserError if a row is too short to hold a segment twice, or if there are too few ordinary tokens for one.
     """
-    if length < SHORTEST_ROW:
+    if length < SHORTEST:
+        raise UserError(f"a row of {length} tokens is too short for a repeat: the model must read at least {SHORTEST}")
+    if len(ordinary) < SHORTEST - 1:
         raise UserError(
-            f"a row of {length} tokens is too short for a repeat: the model must read at least {SHORTEST_ROW}"
+            f"the vocabulary has {len(ordinary)} ordinary tokens, and a row in which nothing repeats needs at least "
+            f"{SHORTEST - 1}: the heads of this model cannot be tested on random rows"
         )
-    if len(ordinary) < 2:
-        raise UserError("the vocabulary has fewer than two ordinary tokens: there is nothing to repeat")
+    length = min(length, len(ordinary) + 1)
     pairs = [_battery_row(np.random.default_rng([seed, first + row]), ordinary, bos, length) for row in range(rows)]
     repeats = TokenBatch.of([repeat for repeat, _ in pairs], pad=bos)
     # The null of a head is what it pays to the cells of the repeats, so the control rows take over those cells.
@@ -219,29 +223,39 @@ def _battery_row(rng: np.random.Generator, ordinary: Ints, bos: int, length: int
     size = int(rng.integers(max(2, body // 6), 2 * body // 5 + 1))
     gap = int(rng.integers(0, body - 2 * size + 1))
     start = int(rng.integers(0, body - 2 * size - gap + 1))
-    # Without replacement where the vocabulary allows it: chance copies in the control would be targets.
-    control = rng.choice(ordinary, size=body, replace=len(ordinary) < body)
+    control = rng.choice(ordinary, size=body, replace=False)
     repeat = control.copy()
     again = start + size + gap
     repeat[again : again + size] = repeat[start : start + size]
     return np.concatenate([[bos], repeat]), np.concatenate([[bos], control])
 
 
-def text_controls(batch: TokenBatch, ordinary: Ints, *, rows: int, seed: int) -> TokenBatch:
-    """`rows` control rows of the one text in `batch`, to be read at the text's own prefix-matching cells.
+def with_controls(text: TokenBatch, ordinary: Ints, *, rows: int, seed: int) -> tuple[TokenBatch, TokenBatch]:
+    """The one text in `text` and `rows` control rows of it, both to be read at the same prefix-matching cells.
 
     As in the battery, what repeats is drawn afresh: every token with an earlier copy becomes an ordinary token that the
-    text does not hold (any ordinary token if the text holds them all).
+    text does not hold. Where these are too few, it becomes any ordinary token but those that now stand at the places of
+    its earlier copies, so that no cell that is read is a target by chance. A query with as many earlier copies as there
+    are ordinary tokens cannot be freed of chance targets and is left out of both.
     """
-    text = batch.tokens[0]
-    again = np.unique(batch.cells["duplicate_token"].query)
-    unused = np.setdiff1d(ordinary, text)
-    drawn_from = unused if len(unused) else ordinary
+    tokens, copies, cells = text.tokens[0], text.cells["duplicate_token"], text.cells["prefix_matching"]
+    again, count = np.unique(copies.query, return_counts=True)
+    unused = np.setdiff1d(ordinary, tokens)
     rng = np.random.default_rng([seed, rows])
-    tokens = np.tile(text, (rows, 1))
-    for row in tokens:
-        row[again] = rng.choice(drawn_from, size=len(again), replace=len(drawn_from) < len(again))
-    cells = batch.cells["prefix_matching"]
-    row = np.repeat(np.arange(rows), len(cells.query))
-    repeated = Cells.of(row, np.tile(cells.query, rows), np.tile(cells.key, rows))
-    return TokenBatch(tokens, np.repeat(batch.lengths, rows), {"prefix_matching": repeated})
+    controls = np.tile(tokens, (rows, 1))
+    for row in controls:
+        if len(unused) >= len(again):
+            row[again] = rng.choice(unused, size=len(again), replace=False)
+            continue
+        for place in again:  # from left to right: what stands at the earlier copies is settled
+            free = np.setdiff1d(ordinary, row[copies.key[copies.query == place]])
+            row[place] = rng.choice(free if len(free) else ordinary)
+    kept = np.isin(cells.query, again[count < len(ordinary)])
+    query, key = cells.query[kept], cells.key[kept]
+
+    def read(rows: int) -> dict[str, Cells]:
+        row = np.repeat(np.arange(rows), len(query))
+        return {"prefix_matching": Cells.of(row, np.tile(query, rows), np.tile(key, rows))}
+
+    lengths = np.repeat(text.lengths, rows)
+    return TokenBatch(text.tokens, text.lengths, read(1)), TokenBatch(controls, lengths, read(rows))

@@ -104,7 +104,7 @@ def measure_causal_effects(
     with progress("causal labels, heads", len(heads)) as advance:
         for head, rise in needed(runner, drawn, heads, advance=advance):
             found[:, head.layer, head.head] = rise
-    how = f"{ROWS} rows of {length} tokens, seed {seed}, at least {LEAST} nats"
+    how = f"{ROWS} rows of {drawn.tokens.shape[1]} tokens, seed {seed}, at least {LEAST} nats"
     return CausalEffects(found, direct, f"causal: attention knockout of the targets, {how}")
 
 

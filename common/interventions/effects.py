@@ -65,7 +65,7 @@ class Experiment:
         self.avoid = [Head.at(*place) for place in np.argwhere(found.attends)]
         self.seed, self.batch_size = seed, batch_size
         self.settings: dict[str, object] = {
-            "fingerprint": model.fingerprint, "seed": seed, "rows": rows, "length": length, "controls": CONTROLS,
+            "fingerprint": model.fingerprint, "seed": seed, "rows": rows, "length": self.drawn.repeats.tokens.shape[1], "controls": CONTROLS,
             "avoided": names(self.avoid),
         }  # fmt: skip
 
@@ -217,6 +217,12 @@ class Effect(TypedDict):
     rows: int
     control: Control | None
     note: str | None
+
+
+class PathEffect(Effect, total=False):
+    """An effect; that of a path also names its `sender`."""
+
+    sender: str
 
 
 def with_interval(values: Floats, *, seed: int = 0) -> tuple[float, tuple[float, float]]:

@@ -34,9 +34,9 @@ from common.interventions.edits import INPUTS, Intervention, Recordings, donor_r
 from common.interventions.effects import (
     CONTROLS,
     METRICS,
-    Effect,
     Experiment,
     Intervene,
+    PathEffect,
     effect,
     layer_matched,
     no_control,
@@ -58,12 +58,6 @@ WHOLE = "whole sender"
 PATH_METRICS = ("prefix_matching", "loss_at_repeats")
 
 Unit = tuple[str, Head]  # one kind of replacement, or of path, and the head that it ends in
-
-
-class PathEffect(Effect, total=False):
-    """An effect; that of a path also names its `sender`."""
-
-    sender: str
 
 
 @dataclass
@@ -140,7 +134,7 @@ def run_experiments(plan: ExperimentPlan, earlier: object = None, progress: Prog
     says what is not.
     """
     result = Experiments(plan.settings)
-    known = known_effects(earlier, plan.settings)
+    known: list[PathEffect] = [{**one} for one in known_effects(earlier, plan.settings)]
     result.missing = [_label(unit) for unit in plan.units]
     with progress("intervening", plan.runs) as advance:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,14 +92,8 @@ class Runner:
             edits = intervention.edits if intervention else ()
             start = self._stream(chunk, min(layer, intervention.first_layer if intervention else layer))
             rows = chunk.rows
-            self.model.read(
-                self.tokens[rows],
-                lambda at, call, rows=rows: reader(call, rows),
-                [layer],
-                edits,
-                rows=rows,
-                start=start,
-            )
+            shown = partial(_show, reader, rows)
+            self.model.read(self.tokens[rows], shown, [layer], edits, rows=rows, start=start)
 
     # --- metrics ---
 
@@ -151,6 +145,10 @@ class Runner:
             point = layer, "resid_pre"
             chunk.streams = {layer: self.model.record(self.tokens[chunk.rows], {point}, start=start)[point]}
         return layer, chunk.streams[layer]
+
+
+def _show(reader: Callable[[Call, slice], None], rows: slice, layer: int, call: Call) -> None:
+    reader(call, rows)
 
 
 # --- many interventions ---

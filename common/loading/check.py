@@ -26,6 +26,7 @@ from common.attention.head import Head
 from common.loading.model import Model
 
 AGREES, AGREES_HALF = 1e-5, 5e-2  # largest difference between two ways to a pattern, in float32 and in 16 bits
+ROUNDINGS = 8  # roundings of its own precision that a score may differ by
 LEAST_CHECKED = 32  # tokens of the checked row, where no window is named
 BEYOND = 8  # tokens that the row goes on behind the longest window
 MOST_CELLS = 1 << 26  # cells of one layer's whole pattern that the bridge may make: 256 MB in float32
@@ -113,10 +114,12 @@ def _check_finite(model: Model, tokens: NDArray[np.int64]) -> None:
 
 def _compare(model: Model, tokens: NDArray[np.int64], own: dict[int, Tensor]) -> None:
     """Raise UserError unless the door shows the bridge's patterns."""
-    allowed = AGREES if own[0].dtype == torch.float32 else AGREES_HALF
+    floor = AGREES if own[0].dtype == torch.float32 else AGREES_HALF
 
     def compare(layer: int, call: Call) -> None:
         off = float((call.pattern() - own[layer]).abs().max())
+        # Both ways round their sums of products. Where these are large, so is the rounding, and softmax passes it on.
+        allowed = max(floor, ROUNDINGS * torch.finfo(own[layer].dtype).eps * _largest_sum(call))
         if not off <= allowed:
             raise UserError(
                 f"'{model.name}' fails the self-check in layer {layer}: its attention and what TransformerLens shows "
@@ -124,6 +127,12 @@ def _compare(model: Model, tokens: NDArray[np.int64], own: dict[int, Tensor]) ->
             )
 
     model.read(tokens, compare)
+
+
+def _largest_sum(call: Call) -> float:
+    """The largest sum of the sizes of the products that a score is made of."""
+    keys = call.k.abs().float().repeat_interleave(call.n_heads // call.k.shape[1], dim=1)
+    return float((call.q.abs().float() @ keys.transpose(-1, -2)).max()) * call.scale
 
 
 def _refused(model: Model, tokens: NDArray[np.int64]) -> dict[str, str]:

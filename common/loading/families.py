@@ -8,7 +8,8 @@ runs; the weights per head come from the bridge, which splits joint projections 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -85,6 +86,8 @@ class Bridge(Protocol):
     ln_final: _BridgedNorm
     original_model: nn.Module
     hook_dict: Mapping[str, object]
+
+    def hooks(self, fwd_hooks: Sequence[tuple[str, Callable[..., None]]]) -> AbstractContextManager[object]: ...
 
 
 # --- norms ---

@@ -11,6 +11,7 @@ from transformer_lens.head_detector import detect_head
 
 from benchmarks import detection as benchmark
 from benchmarks.detection import Agreement, Decision, Judged, Subject
+from common.attention.head import Head
 from common.heads import metrics, scores
 from common.heads.labels import Labels
 from common.loading import models
@@ -63,7 +64,7 @@ def test_detect_head_says_the_same_of_the_model_itself(paper_case):
 def judged(group: str, truth: list, said: list, length: int = 32) -> Judged:
     array = np.zeros((1, 4), dtype=bool)
     array[0, said] = True
-    heads = frozenset((0, head) for head in truth)
+    heads = frozenset(Head.at(0, head) for head in truth)
     return Judged("method", Subject("some", group, heads, heads), length, Decision(array, array))
 
 

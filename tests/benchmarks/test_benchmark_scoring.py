@@ -50,7 +50,7 @@ def passes(path, way: str, tokens: np.ndarray) -> list[tuple[str, tuple[int, ...
 @pytest.mark.parametrize(
     ("way", "rows", "logits"),
     [
-        ("trunk", [(4, 24)], False),
+        ("base model", [(4, 24)], False),
         ("forward", [(4, 24)], True),
         ("ours", [(2, 24), (2, 24)], False),
         ("ours, bfloat16", [(2, 24), (2, 24)], False),
@@ -59,7 +59,7 @@ def passes(path, way: str, tokens: np.ndarray) -> list[tuple[str, tuple[int, ...
         ("detect_head", [(1, 24)] * 12, True),
     ],
 )
-def test_each_way_runs_the_rows_and_only_ours_and_the_trunk_go_without_logits(
+def test_each_way_runs_the_rows_and_only_ours_and_the_base_model_go_without_logits(
     random_gpt2_folder, tokens, way, rows, logits
 ):
     seen = passes(random_gpt2_folder, way, tokens)
@@ -72,8 +72,8 @@ def test_time_and_peak_are_those_of_the_run():
         time.sleep(0.2)
         torch.ones(64 << 20).sum()  # 256 MiB
 
-    wall, cpu, at_peak, found = benchmark.measure(work, np.zeros((1, 1)), "cpu")
-    _, _, at_rest, _ = benchmark.measure(lambda tokens: None, np.zeros((1, 1)), "cpu")
+    wall, cpu, at_peak, found = benchmark.timed_run(work, np.zeros((1, 1)), "cpu")
+    _, _, at_rest, _ = benchmark.timed_run(lambda tokens: None, np.zeros((1, 1)), "cpu")
     assert wall > 0.2 > wall - cpu - 0.19
     assert at_peak - at_rest > 200 * benchmark.MEBIBYTE
     assert found is None
@@ -96,13 +96,13 @@ class FakeWay:
 
 def test_ways_take_turns_and_the_median_counts():
     log = []
-    ways = {"trunk": FakeWay("trunk", log, 1.0), "forward": FakeWay("forward", log, 2.0)}
+    ways = {"base model": FakeWay("base model", log, 1.0), "forward": FakeWay("forward", log, 2.0)}
     found = benchmark.timed(ways, "some", "cpu", [(1, 64), (32, 64)], repeats=3)
-    assert log == [("trunk", (1, 64)), ("forward", (1, 64)), ("trunk", (32, 64))] * 3
+    assert log == [("base model", (1, 64)), ("forward", (1, 64)), ("base model", (32, 64))] * 3
     assert {(point.way, point.rows): (point.seconds, point.peak) for point in found} == {
-        ("trunk", 1): (2.0, 1000),
+        ("base model", 1): (2.0, 1000),
         ("forward", 1): (4.0, 1000),
-        ("trunk", 32): (64.0, 1000),
+        ("base model", 32): (64.0, 1000),
     }
 
 
@@ -111,7 +111,7 @@ def test_targets_of_a_case_worked_out_by_hand():
         return Point("GPT-2 small size", "cpu", way, rows, 257, [seconds], [seconds], peak)
 
     measured = [
-        point("trunk", 8, 2.0, 100),
+        point("base model", 8, 2.0, 100),
         point("forward", 8, 4.0, 200),
         point("ours", 8, 2.1, 150),
         point("ours", 32, 16.8, 150),
@@ -124,7 +124,7 @@ def test_targets_of_a_case_worked_out_by_hand():
 
 
 def test_the_benchmark_runs_from_end_to_end(tmp_path, capsys, monkeypatch):
-    few = {way: benchmark.WAYS[way] for way in ("trunk", "ours", "ours, bfloat16")}
+    few = {way: benchmark.WAYS[way] for way in ("base model", "ours", "ours, bfloat16")}
     monkeypatch.setattr(benchmark, "WAYS", few)
     out = tmp_path / "out"
     assert benchmark.main(["--quick", "--out", str(out)]) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import re
 import runpy
@@ -13,15 +12,12 @@ import sys
 
 import pytest
 
+from examples import make_pages
 from tests.conftest import ROOT
 
 EXAMPLES = ROOT / "examples"
 NEEDS = {"own_labels.md": "own_sentence.md"}
 NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
-
-spec = importlib.util.spec_from_file_location("make_pages", EXAMPLES / "make_pages.py")
-make_pages = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make_pages)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +31,7 @@ def project(tmp_path_factory):
 
 
 def run(command: str) -> str:
-    """Run a command of a page in this process; what it prints on stdout."""
+    """Run a command of a page, `python FILE` or `python -m MODULE`, in this process; what it prints on stdout."""
     program, *arguments = shlex.split(command)
     if program == "cp":
         shutil.copy(*arguments)
@@ -43,9 +39,11 @@ def run(command: str) -> str:
     assert program == "python"
     output, code = io.StringIO(), None
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-        patch.setattr(sys, "argv", arguments)
+        as_module = arguments[0] == "-m"
+        patch.setattr(sys, "argv", arguments[as_module:])
+        start = runpy.run_module if as_module else runpy.run_path
         try:
-            runpy.run_path(arguments[0], run_name="__main__")
+            start(sys.argv[0], run_name="__main__")
         except SystemExit as end:
             code = end.code
     assert not code, f"{command} ended with {code}"
@@ -71,7 +69,7 @@ def test_every_command_of_a_page_runs_and_says_what_the_page_shows(name, project
     for picture in (project / "examples" / "pictures").glob("*.png"):
         picture.unlink()
     now = make_pages.remade(page(name), run)
-    assert said(now) == said(page(name)), "the pages are older than the model: python examples/make_pages.py"
+    assert said(now) == said(page(name)), "the pages are older than the model: python -m examples.make_pages"
     for picture in re.findall(r"\((pictures/[^)]+)\)", page(name)):
         assert (project / "examples" / picture).read_bytes().startswith(b"\x89PNG")
 

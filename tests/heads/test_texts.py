@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.heads.texts import CONTROL_ROWS, score_text
-from common.heads.tokens import TokenBatch, text_controls
+from common.heads.tokens import TokenBatch, with_controls
 from tests.handbuilt import COPY, Role
 from tests.heads.test_tokens import cells_of
 
@@ -23,7 +23,8 @@ ROLES = {
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=14))
 def test_controls_are_the_text_with_what_repeats_drawn_afresh(text):
     batch = TokenBatch.of([np.array([0, *text])], pad=0)
-    controls = text_controls(batch, np.arange(1, 60), rows=4, seed=3)
+    compared, controls = with_controls(batch, np.arange(1, 60), rows=4, seed=3)
+    assert cells_of(compared, "prefix_matching", 0) == cells_of(batch, "prefix_matching", 0)
     again = [place for place, token in enumerate(text, start=1) if token in text[: place - 1]]
     for row, tokens in enumerate(controls.tokens):
         changed = np.flatnonzero(tokens != batch.tokens[0])
@@ -34,7 +35,10 @@ def test_controls_are_the_text_with_what_repeats_drawn_afresh(text):
 
 def test_a_text_that_holds_every_token_still_has_controls():
     batch = TokenBatch.of([np.array([0, 1, 2, 1, 2, 2])], pad=0)
-    assert text_controls(batch, np.array([1, 2]), rows=3, seed=0).tokens.shape == (3, 6)
+    compared, controls = with_controls(batch, np.array([1, 2]), rows=3, seed=0)
+    assert controls.tokens.shape == (3, 6)
+    # the last 2 has two earlier copies, and any of the two words would be a copy of one of them
+    assert {query for query, _ in cells_of(compared, "prefix_matching", 0)} == {3, 4}
 
 
 @pytest.fixture(scope="module")
