@@ -65,7 +65,8 @@ class Experiment:
         self.avoid = [Head.at(*place) for place in np.argwhere(found.attends)]
         self.seed, self.batch_size = seed, batch_size
         self.settings: dict[str, object] = {
-            "fingerprint": model.fingerprint, "seed": seed, "rows": rows, "length": self.drawn.repeats.tokens.shape[1], "controls": CONTROLS,
+            "fingerprint": model.fingerprint, "seed": seed, "rows": rows,
+            "length": self.drawn.repeats.tokens.shape[1], "controls": CONTROLS,
             "avoided": names(self.avoid),
         }  # fmt: skip
 
