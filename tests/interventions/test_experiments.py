@@ -214,30 +214,35 @@ def test_controls_are_measured_by_their_own_prefix_matching(random_gpt2, few_row
 
 @pytest.mark.parametrize("which", [WHOLE, "path to key", "path to values through MLPs"])
 def test_path_effects_are_those_of_each_sender(random_gpt2, few_rows, which):
-    receiver = Head.at(1, 2)
+    """Each beside the other heads of the sender's layer, and of that layer alone."""
+    receiver = Head.at(2, 1)
     plan = plan_of(random_gpt2, receiver)
+    senders = [f"{layer}.{head}" for layer in range(2) for head in range(4)]
     found = experiments._path_effects(plan, which, lambda count: None)
     assert [(one["sender"], one["metric"]) for one in found] == [
-        (f"0.{sender}", metric) for sender in range(4) for metric in ("prefix_matching", "loss_at_repeats")
+        (sender, metric) for sender in senders for metric in ("prefix_matching", "loss_at_repeats")
     ]
     metrics = effects.RowMetrics(random_gpt2, plan.experiment.drawn.repeats)
-    clean = {"prefix_matching": metrics.prefix_matching(receiver).mean()}
-    clean["loss_at_repeats"] = metrics.losses(None)["loss_at_repeats"].mean()
-    moved = {}
-    for sender in plan.senders:
+
+    def measured(intervention) -> dict[str, float]:
+        loss = metrics.losses(intervention)["loss_at_repeats"].mean()
+        return {"prefix_matching": metrics.prefix_matching(receiver, intervention).mean(), "loss_at_repeats": loss}
+
+    clean, moved = measured(None), {}
+    for sender in map(Head.parse, senders):
         intervention = plan.replacements["mean"]([sender])
         if which != WHOLE:
             part, through = ("k", False) if which == "path to key" else ("v", True)
             intervention = path(intervention, [receiver], part, plan.clean, through_mlps=through)
-        moved[str(sender), "prefix_matching"] = metrics.prefix_matching(receiver, intervention).mean()
-        moved[str(sender), "loss_at_repeats"] = metrics.losses(intervention)["loss_at_repeats"].mean()
+        moved[str(sender)] = measured(intervention)
     for one in found:
-        key = one["sender"], one["metric"]
-        assert one["effect"] == pytest.approx(moved[key] - clean[one["metric"]], abs=1e-6)
-        assert one["heads"] == ["1.2"]
-        rest = [moved[other, one["metric"]] for other, metric in moved if (metric, other != key[0]) == (key[1], True)]
-        assert one["control"]["effect"] == pytest.approx(np.mean(rest) - clean[one["metric"]], abs=1e-6)
-        assert one["control"]["heads"] == [[f"0.{other}"] for other in range(4) if f"0.{other}" != one["sender"]]
+        sender, metric = one["sender"], one["metric"]
+        assert one["effect"] == pytest.approx(moved[sender][metric] - clean[metric], abs=1e-6)
+        assert (one["name"], one["heads"]) == (which, ["2.1"])
+        others = [other for other in senders if other[0] == sender[0] and other != sender]
+        rest = np.mean([moved[other][metric] for other in others])
+        assert one["control"]["effect"] == pytest.approx(rest - clean[metric], abs=1e-6)
+        assert one["control"]["heads"] == [[other] for other in others]
 
 
 # --- what is refused, and interruptions ---

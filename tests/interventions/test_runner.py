@@ -142,6 +142,14 @@ def test_interventions_may_come_in_any_order(random_gpt2, drawn):
         assert np.array_equal(runner.measure(asked[layer], {"x": runner.log_prob})["x"], upwards[layer]["x"])
 
 
+def test_of_the_clean_stream_one_layer_is_kept(random_gpt2, drawn):
+    """Rows by positions by width are many numbers: those of layers that a sweep has left behind go."""
+    runner = runner_of(random_gpt2, drawn)
+    for intervention, _ in sweep(runner, [zero([Head.at(layer, 2)]) for layer in range(3)]):
+        layers = [layer for layer in [intervention.first_layer] if layer > 0]
+        assert [list(chunk.streams) for chunk in runner._chunks] == [layers] * 2
+
+
 def test_rows_without_a_prediction_are_passed_over_and_none_at_all_is_said(random_gpt2, drawn):
     plain = np.concatenate([[random_gpt2.bos], np.arange(20, 33)])
     tokens = np.stack([plain, plain + 20, *drawn.repeats.tokens])
