@@ -16,7 +16,7 @@ from common.attention.head import Head
 from common.heads import detection, scores
 from common.heads.tokens import TokenBatch, battery, continuing
 from common.interventions import effects
-from common.interventions.edits import Recordings, knockout, mean, position_classes, uniform, zero
+from common.interventions.edits import Recordings, knockout, mean, pattern_from, position_classes, uniform, zero
 from common.interventions.paths import path, paths_into
 from common.interventions.runner import Predictions, Runner
 from tests.oracle import Changes, of, traces
@@ -44,12 +44,20 @@ def test_padding_is_neither_fresh_nor_a_repeat():
     assert effects.fresh(batch).sum(1).tolist() == [3, 7]
 
 
-@pytest.mark.parametrize("ablated", [False, True])
-def test_losses_are_those_of_transformers_alone(random_gpt2, oracles, drawn, ablated):
+@pytest.mark.parametrize("how", ["clean", "zero", "pattern"])
+def test_losses_are_those_of_transformers_alone(random_gpt2, oracles, drawn, how):
+    """Two rows at a time; the pattern put in place is another one in every row."""
     tokens, heads = drawn.repeats.tokens, [Head.at(1, 2)]
-    changes = Changes(z=of(heads, lambda layer, head, row, z: 0 * z)) if ablated else None
+    seen = oracles["gpt2"].record(drawn.controls.tokens)
+    changes = {
+        "clean": Changes(),
+        "zero": Changes(z=of(heads, lambda layer, head, row, z: 0 * z)),
+        "pattern": Changes(pattern=of(heads, lambda layer, head, row, p: seen["pattern", layer, head, row])),
+    }[how]
+    others = Recordings(random_gpt2, drawn.controls.tokens)
+    intervention = {"clean": None, "zero": zero(heads), "pattern": pattern_from(heads, others)}[how]
     log_probs = oracles["gpt2"].logits(tokens, changes).log_softmax(-1).numpy()
-    measured = effects.losses(random_gpt2, drawn.repeats, zero(heads) if ablated else None, batch_size=2)
+    measured = effects.losses(random_gpt2, drawn.repeats, intervention, batch_size=2)
     assert np.isnan(measured[:, 0]).all()
     for row, position in np.ndindex(3, tokens.shape[1] - 1):
         expected = -log_probs[row, position, tokens[row, position + 1]]
