@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -66,9 +66,10 @@ class _Visit:
 _VISIT: ContextVar[_Visit | None] = ContextVar("visit", default=None)
 
 
-def attend(call: Call) -> Tensor:
-    """[batch, query, head, d_head]: what a layer's attention gives, in the run under way or outside of any."""
-    visit = _VISIT.get()
+def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
+    """[batch, query, head, d_head]: what a layer's attention gives, in the run under way or outside of any. The
+    arguments are those of a `Call`."""
+    visit, call = _VISIT.get(), Call(module, q, k, v, mask, **given)
     return call.output if visit is None else visit.attend(call)
 
 
@@ -89,9 +90,8 @@ def _attention(
     """Attention as transformers calls it; returns [batch, query, head, d_head] and no weights."""
     if options.get("dropout"):
         raise UserError("attention was called in training mode: dropout would make every run another one")
-    given = {"scale": scaling, "causal": is_causal, "softcap": softcap}
-    call = Call(module, query, key, value, attention_mask, **given, bias=position_bias, sinks=s_aux)  # type: ignore[arg-type]
-    return attend(call), None
+    given = {"scale": scaling, "causal": is_causal, "softcap": softcap, "bias": position_bias, "sinks": s_aux}
+    return attend(module, query, key, value, attention_mask, **given), None
 
 
 class Door:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,7 +23,11 @@ from torch import Tensor
 from common import UserError
 from common.attention.call import Call, Edit
 from common.attention.head import Head
-from common.loading.model import Model
+
+if TYPE_CHECKING:
+    from transformer_lens.hook_points import HookPoint
+
+    from common.loading.model import Model
 
 AGREES, AGREES_HALF = 1e-5, 5e-2  # largest difference between two ways to a pattern, in float32 and in 16 bits
 ROUNDINGS = 8  # roundings of its own precision that a score may differ by
@@ -31,12 +35,6 @@ LEAST_CHECKED = 32  # tokens of the checked row, where no window is named
 BEYOND = 8  # tokens that the row goes on behind the longest window
 MOST_CELLS = 1 << 26  # cells of one layer's whole pattern that the bridge may make: 256 MB in float32
 PERIODS = ("window", "chunk", "local", "period", "stride", "span", "block")  # in the names of what a mask may depend on
-
-
-class _Hooked(Protocol):
-    """What a bridge hands its hooks' functions."""
-
-    name: str
 
 
 def checked(model: Model) -> Model:
@@ -80,7 +78,7 @@ def _bridge_patterns(model: Model, tokens: NDArray[np.int64]) -> dict[int, Tenso
     names = {f"blocks.{layer}.attn.hook_pattern": layer for layer in range(model.n_layers)}
     found: dict[int, Tensor] = {}
 
-    def keep(pattern: Tensor, hook: _Hooked) -> None:
+    def keep(pattern: Tensor, hook: HookPoint) -> None:
         found[names[hook.name]] = pattern.detach()
 
     hooks = [(name, keep) for name in names if name in model.bridge.hook_dict]
@@ -119,7 +117,7 @@ def _compare(model: Model, tokens: NDArray[np.int64], own: dict[int, Tensor]) ->
     def compare(layer: int, call: Call) -> None:
         off = float((call.pattern() - own[layer]).abs().max())
         # Both ways round their sums of products. Where these are large, so is the rounding, and softmax passes it on.
-        allowed = max(floor, ROUNDINGS * torch.finfo(own[layer].dtype).eps * _largest_sum(call))
+        allowed = max(floor, ROUNDINGS * torch.finfo(torch.float32).eps * _largest_sum(call))
         if not off <= allowed:
             raise UserError(
                 f"'{model.name}' fails the self-check in layer {layer}: its attention and what TransformerLens shows "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +18,11 @@ from common.attention.call import Call, Edit
 from common.attention.door import Door, Reader
 from common.attention.head import ONLY_STACK, Place
 from common.loading.escapes import escaped
-from common.loading.families import Bridge, Parts, dtype_of
+from common.loading.families import Parts, dtype_of
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedTokenizerBase
 
 TokenIds = NDArray[np.int64]
 Point = tuple[int, str]  # a layer, and one of the places below where its activations can be read
@@ -34,19 +38,6 @@ STREAM_POINTS = {
 }
 
 
-class Tokenizer(Protocol):
-    """A tokenizer of transformers', as far as it is used here."""
-
-    bos_token_id: int | None
-    eos_token_id: int | None
-    all_special_ids: Sequence[int]
-
-    def __call__(self, text: str, **options: bool) -> Mapping[str, Sequence[int]]: ...
-    def __len__(self) -> int: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def save_pretrained(self, folder: Path) -> object: ...
-
-
 @dataclass(frozen=True, repr=False)
 class Model:
     """A loaded model. `name` is what results call it, `source` where it came from, `fingerprint` a hash of its weights
@@ -57,8 +48,8 @@ class Model:
 
     door: Door
     parts: Parts
-    bridge: Bridge
-    tokenizer: Tokenizer
+    bridge: TransformerBridge
+    tokenizer: PreTrainedTokenizerBase
     name: str
     source: str
     fingerprint: str
