@@ -319,7 +319,31 @@ def test_the_row_is_no_longer_than_context_and_memory_allow(random_gpt2, monkeyp
 def test_the_row_of_a_real_window_goes_beyond_it(of_family, tmp_path, tokenizer):
     model = load(str(save_with_window("mistral", tmp_path, tokenizer)))
     assert check._row(model).shape[1] > LONG_WINDOW
-    assert list(check._periods(model.door.network.config, model.context)) == [LONG_WINDOW]
+    assert [value for _, _, value in check._periods(model.door.network.config)] == [LONG_WINDOW]
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_window_of_thousands_is_checked_on_a_short_row(tmp_path, tokenizer, monkeypatch, forgets):
+    """A row of 4,104 tokens would take minutes on a real model; the window is made short in both for the check."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.MistralConfig(
+        vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.5, sliding_window=4096, **shape
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    lengths = []
+    monkeypatch.setattr(check, "_compare", lambda model, tokens, own, then=check._compare: (
+        lengths.append(tokens.shape[1]), then(model, tokens, own)))  # fmt: skip
+    if forgets:
+        own = Call.__init__
+        monkeypatch.setattr(Call, "__init__", lambda self, module, q, k, v, mask, **given: own(
+            self, module, q, k, v, None, **{**given, "causal": True}))  # fmt: skip
+        with pytest.raises(UserError, match="fails the self-check"):
+            load(str(tmp_path))
+    else:
+        model = load(str(tmp_path))
+        assert model.door.network.config.sliding_window == model.bridge.original_model.config.sliding_window == 4096
+    assert check.SHORT < lengths[0] < 100
 
 
 def test_a_vocabulary_of_special_tokens_alone_is_said(random_gpt2, monkeypatch):
