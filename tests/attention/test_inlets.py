@@ -12,12 +12,9 @@ from tests import architectures
 ATTEND = nn.functional.scaled_dot_product_attention
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("is_causal", "masked"), [(True, False), (False, True), (False, False)])
 def test_torchs_kernel_is_the_door_while_the_mode_holds(is_causal, masked):
-    """Falcon calls the kernel with a mask or with `is_causal`; either way queries see what they see without the mode."""
-    if is_causal and masked:
-        pytest.skip("torch takes one of them")
+    """Falcon calls the kernel with a mask or with `is_causal`: queries see what they see without the mode."""
     query, key, value = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.rand(2, 1, 5, 5, generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None
     if mask is not None:
@@ -26,7 +23,7 @@ def test_torchs_kernel_is_the_door_while_the_mode_holds(is_causal, masked):
     options = {"attn_mask": mask, "dropout_p": 0.0, "is_causal": is_causal}
     with _FusedKernel(nn.Identity(), lambda call: calls.append(call) or call.output):
         led = ATTEND(query, key, value, **options)
-        assert torch.equal(query + 1 - 1, query.add(1).sub(1)), "all else is as it was"
+        assert torch.equal(query.softmax(-1), torch.softmax(query, -1)) and len(calls) == 1, "all else is torch's own"
     plain = ATTEND(query, key, value, **options)
     assert len(calls) == 1, "and after it the kernel is torch's again"
     assert led.numpy() == pytest.approx(plain.numpy(), abs=1e-6)
