@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 AGREES, AGREES_HALF = 1e-5, 5e-2  # largest difference between two ways to a pattern, in float32 and in 16 bits
 ROUNDINGS = 8  # roundings of its own precision that a score may differ by
+NO_ROUNDING = 0.25  # of all attention: in 16 bits eight roundings of large scores would allow any pattern at all
 LEAST_CHECKED = 32  # tokens of the checked row, where no window is named
 BEYOND = 8  # tokens that the row goes on behind the longest window
 MOST_CELLS = 1 << 26  # cells of one layer's whole pattern that the bridge may make: 256 MB in float32
@@ -143,7 +144,8 @@ def _compare(model: Model, tokens: NDArray[np.int64], own: dict[int, Tensor]) ->
     def compare(layer: int, call: Call) -> None:
         off = float((call.pattern() - own[layer]).abs().max())
         # Both ways round their sums of products. Where these are large, so is the rounding, and softmax passes it on.
-        allowed = max(floor, ROUNDINGS * torch.finfo(torch.float32).eps * _largest_sum(call))
+        rounding = ROUNDINGS * torch.finfo(own[layer].dtype).eps * _largest_sum(call)
+        allowed = max(floor, min(rounding, NO_ROUNDING))
         if not off <= allowed:
             raise UserError(
                 f"'{model.name}' fails the self-check in layer {layer}: its attention and what TransformerLens shows "

@@ -251,6 +251,24 @@ def test_ov_copying_is_about_the_eigenvalues_of_the_whole_circuit(random_gpt2, m
             assert found[layer, head] == pytest.approx(eigenvalues.sum().real / np.abs(eigenvalues).sum(), abs=1e-3)
 
 
+def test_ov_copying_takes_the_values_that_each_query_head_shares(of_family):
+    """In Llama query heads 0 and 1 share one key head, 2 and 3 the other: layer 0, all of it by hand."""
+    model, _ = of_family("llama")
+    network, tokens = model.door.network, model.ordinary()
+    found = attribution.ov_copying(model)
+    attention, norm = network.model.layers[0].self_attn, network.model.layers[0].input_layernorm
+    with torch.no_grad():
+        read = norm(network.model.embed_tokens.weight[tokens])
+        read = (read - read.mean(0)).double()
+        unembedding = network.lm_head.weight.double()
+        out = (unembedding - unembedding.mean(0))[tokens] * network.model.norm.weight.double()
+        for head in range(4):
+            value = attention.v_proj.weight.double()[8 * (head // 2) : 8 * (head // 2) + 8]
+            written = attention.o_proj.weight.double()[:, 8 * head : 8 * head + 8].T
+            eigenvalues = np.linalg.eigvals(plain(written @ (out.T @ (read @ value.T))))
+            assert found[0, head] == pytest.approx(eigenvalues.sum().real / np.abs(eigenvalues).sum(), abs=1e-3)
+
+
 def test_copying_score_of_plain_circuits():
     assert attribution.copying_score(np.eye(3)) == 1.0
     assert attribution.copying_score(-np.eye(3)) == -1.0

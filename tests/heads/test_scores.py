@@ -109,8 +109,8 @@ def test_a_row_without_repeats_has_no_prefix_matching_score(random_gpt2):
 def test_no_hook_is_left_behind(random_gpt2):
     drawn = battery(random_gpt2.ordinary(), random_gpt2.bos, rows=2, length=16, seed=0)
     scores.score(random_gpt2, drawn.repeats, batch_size=2)
-    modules = random_gpt2.door.network.modules()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    modules = random_gpt2.door.network.named_modules()
+    assert [name for name, module in modules if module._forward_hooks or module._forward_pre_hooks] == []
     assert not any(point.fwd_hooks for point in random_gpt2.bridge.hook_dict.values())
 
 

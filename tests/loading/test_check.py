@@ -188,6 +188,14 @@ def test_the_self_check_names_what_is_wrong_with_a_pattern(spoil, reason):
     assert reason in check._complaint(spoil(causal.clone()))
 
 
+def test_attention_to_the_very_next_token_is_to_the_future():
+    causal = torch.full((1, 1, 4, 4), 0.25).tril()
+    causal = causal / causal.sum(-1, keepdim=True)
+    assert check._complaint(causal) is None
+    causal[0, 0, 1] = torch.tensor([0.5, 0.4, 0.1, 0.0])
+    assert "future" in check._complaint(causal)
+
+
 def test_sixteen_bits_are_allowed_what_they_cost_and_no_more(random_gpt2_folder, monkeypatch):
     half = load(str(random_gpt2_folder), dtype="bfloat16")
     assert half.refused == {}
