@@ -227,14 +227,14 @@ def test_ov_copying_tells_copying_from_suppressing(known):
     assert found[1, 2] == 0.0
 
 
-def test_ov_copying_is_about_the_eigenvalues_of_the_whole_circuit(random_gpt2, monkeypatch):
+def test_ov_copying_is_about_the_eigenvalues_of_the_whole_circuit(random_gpt2, random_gpt2_folder, monkeypatch):
     """Token by token in full, [tokens, tokens], where the code goes through a matrix of the head's size."""
     monkeypatch.setattr(attribution, "SAMPLE", 50)
     model = random_gpt2
     ordinary = model.ordinary()
     tokens = ordinary[np.unique(np.linspace(0, len(ordinary) - 1, 50).astype(int))]
     found = attribution.ov_copying(model)
-    hf = model.door.network
+    hf = AutoModelForCausalLM.from_pretrained(random_gpt2_folder)  # asked for hidden states it keeps hooks for them
     rows = torch.stack([torch.full((len(tokens),), model.bos), torch.from_numpy(tokens)], 1)
     with torch.no_grad():
         streams = [hidden[:, 1] for hidden in hf(rows, output_hidden_states=True).hidden_states]
