@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from common.attention.call import Call
 from common.attention.inlets import _FusedKernel, lead_to
 from tests import architectures
 
@@ -21,7 +22,12 @@ def test_torchs_kernel_is_the_door_while_the_mode_holds(is_causal, masked):
         mask = mask | torch.eye(5, dtype=torch.bool)
     calls = []
     options = {"attn_mask": mask, "dropout_p": 0.0, "is_causal": is_causal}
-    with _FusedKernel(nn.Identity(), lambda call: calls.append(call) or call.output):
+
+    def attend(*args, **given):
+        calls.append(Call(*args, **given))
+        return calls[-1].output
+
+    with _FusedKernel(nn.Identity(), attend):
         led = ATTEND(query, key, value, **options)
         assert torch.equal(query.softmax(-1), torch.softmax(query, -1)) and len(calls) == 1, "all else is torch's own"
     plain = ATTEND(query, key, value, **options)
@@ -34,6 +40,6 @@ def test_torchs_kernel_is_the_door_while_the_mode_holds(is_causal, masked):
 @pytest.mark.parametrize(("family", "led"), [("bloom", True), ("mpt", True), ("gpt2", False), ("llama", False)])
 def test_only_families_without_a_seam_are_led(family, led):
     network = architectures.build(family, 50)
-    assert lead_to(network, lambda call: call.output) == led
+    assert lead_to(network, lambda *args, **given: Call(*args, **given).output) == led
     replaced = [module for module in network.modules() if "forward" in module.__dict__ or "_attn" in module.__dict__]
     assert len(replaced) == (architectures.LAYERS if led else 0)
