@@ -66,7 +66,7 @@ class _Visit:
 _VISIT: ContextVar[_Visit | None] = ContextVar("visit", default=None)
 
 
-def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
+def answer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
     """[batch, query, head, d_head]: what a layer's attention gives, in the run under way or outside of any. The
     arguments are those of a `Call`."""
     visit, call = _VISIT.get(), Call(module, q, k, v, mask, **given)
@@ -91,7 +91,7 @@ def _attention(
     if options.get("dropout"):
         raise UserError("attention was called in training mode: dropout would make every run another one")
     given = {"scale": scaling, "causal": is_causal, "softcap": softcap, "bias": position_bias, "sinks": s_aux}
-    return attend(module, query, key, value, attention_mask, **given), None
+    return answer(module, query, key, value, attention_mask, **given), None
 
 
 class Door:
@@ -106,7 +106,7 @@ class Door:
         shared = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
         self.network = copy.deepcopy(network, shared).eval()
         self._names = {module: name for name, module in self.network.named_modules()}
-        if not lead_to(self.network, attend):
+        if not lead_to(self.network, answer):
             self._exchange(type(network).__name__)
         self._two_stacks = bool(getattr(self.network.config, "is_encoder_decoder", False))
 

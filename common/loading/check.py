@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from common.loading.model import Model
 
 AGREES, AGREES_HALF = 1e-5, 5e-2  # largest difference between two ways to a pattern, in float32 and in 16 bits
-ROUNDINGS = 8  # roundings of its own precision that a score may differ by
+SCORE_ROUNDINGS = 8  # roundings of its own precision that a score may differ by
 NO_ROUNDING = 0.25  # of all attention: in 16 bits eight roundings of large scores would allow any pattern at all
 LEAST_CHECKED = 32  # tokens of the checked row, where no window is named
 BEYOND = 8  # tokens that the row goes on behind the longest window
@@ -144,7 +144,7 @@ def _compare(model: Model, tokens: NDArray[np.int64], own: dict[int, Tensor]) ->
     def compare(layer: int, call: Call) -> None:
         off = float((call.pattern() - own[layer]).abs().max())
         # Both ways round their sums of products. Where these are large, so is the rounding, and softmax passes it on.
-        rounding = ROUNDINGS * torch.finfo(own[layer].dtype).eps * _largest_sum(call)
+        rounding = SCORE_ROUNDINGS * torch.finfo(own[layer].dtype).eps * _largest_sum(call)
         allowed = max(floor, min(rounding, NO_ROUNDING))
         if not off <= allowed:
             raise UserError(
