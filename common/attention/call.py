@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from common import UserError
 from common.attention.head import Head
 
 BLOCK = 1 << 19  # numbers of a pattern that stand in memory at once, unless one query has more: fits a CPU's cache
@@ -77,9 +78,14 @@ class Call:
         return self.q.shape[1]
 
     def under(self, edits: Sequence[Edit], rows: slice) -> None:
-        """Let the edits, whose heads are of this layer, hold in the order in which they are given."""
+        """Let the edits, whose heads are of this layer, hold in the order in which they are given.
+
+        Raises UserError for a head that does not exist.
+        """
         sorted_out: dict[int, dict[str, list[Edit]]] = defaultdict(lambda: defaultdict(list))
         for edit in edits:
+            if not 0 <= edit.head.head < self.n_heads:
+                raise UserError(f"there is no head {edit.head}: the heads of its layer are 0 to {self.n_heads - 1}")
             sorted_out[edit.head.head][edit.point].append(edit)
         self._edits, self.rows = sorted_out, rows
 
