@@ -574,11 +574,3 @@ def test_an_edit_of_a_head_that_does_not_exist_is_said(random_gpt2):
     edit = Edit(Head.at(1, 4), "z", lambda old, rows: old)
     with pytest.raises(UserError, match="no head 1.4: the heads of its layer are 0 to 3"):
         random_gpt2.logits(np.array([[0, 1, 2]]), [edit])
-
-
-def test_an_edit_below_the_start_of_a_run_is_said(random_gpt2):
-    tokens = np.array([[0, 1, 2, 3]])
-    stream = random_gpt2.record(tokens, {(2, "resid_pre")})[2, "resid_pre"]
-    edit = Edit(Head.at(1, 0), "z", lambda old, rows: old)
-    with pytest.raises(UserError, match=r"an edit of 1\.0 changes nothing"):
-        random_gpt2.logits(tokens, [edit], start=(2, stream))

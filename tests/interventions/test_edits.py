@@ -338,7 +338,7 @@ def test_an_edit_that_the_run_does_not_reach(random_gpt2, drawn):
     with pytest.raises(UserError, match=r"edit of 7\.0 was not made"):
         random_gpt2.logits(tokens, zero([Head.at(7, 0)]).edits)
     stream = random_gpt2.record(tokens, {(2, "resid_pre")})[2, "resid_pre"]
-    with pytest.raises(UserError, match=r"edit of 1\.0 was not made"):
+    with pytest.raises(UserError, match=r"edit of 1\.0 changes nothing"):
         random_gpt2.logits(tokens, zero([Head.at(1, 0)]).edits, start=(2, stream))
 
 
