@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 import secrets
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from platformdirs import user_cache_dir
 
 from common import UserError
 
@@ -34,9 +35,8 @@ def is_gguf(path: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: below XDG_CACHE_HOME, else below ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "induction-heads" / "gguf"
+    """Where converted models are kept: in the user's cache folder, which XDG_CACHE_HOME names on Linux."""
+    return Path(user_cache_dir("induction-heads")) / "gguf"
 
 
 def folder_of(path: Path, say: Callable[[str], None]) -> Path:

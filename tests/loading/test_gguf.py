@@ -61,7 +61,7 @@ def test_a_gguf_file_is_converted_once_and_then_read_from_the_cache(written, tok
     assert "MB" in said[0] and str(tmp_path / "cache") in said[0] and len(said) == 1
     digest = hashlib.sha256(written.read_bytes()).hexdigest()
     assert (gguf.cache_folder() / digest[:32] / gguf.DIGEST).read_text().strip() == digest
-    monkeypatch.setattr(gguf, "_read", lambda path: pytest.fail("converted again"))
+    monkeypatch.setattr(gguf, "_read_gguf", lambda path: pytest.fail("converted again"))
     again = load(str(written), say=said.append)
     assert len(said) == 1 and again.fingerprint == first.fingerprint
     tokens = first.encode("the cat sat the cat sat")
