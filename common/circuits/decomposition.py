@@ -44,68 +44,56 @@ Seen = dict[tuple[int, str], Floats]  # what a run showed, by layer and point, e
 class Side:
     """How one head makes its query, or its key, of the residual stream: norm, weights, and a norm of its own.
 
-    `weight`: [d_model, d_head]; `bias`: [d_head]; `before`, `after`: the norms around them, None where there is none.
+    `weight`: [d_model, d_head]; `bias`: [d_head]; `before`, `after`: the norms around them, or `UNCHANGED`.
     """
 
-    before: Norm | None
+    before: Norm
     weight: Floats
     bias: Floats
-    after: Norm | None
+    after: Norm
 
     def folded(self) -> Floats:
         """[d_model, d_head]: the weights with all that is linear in the norms around them."""
-        read = (self.before or UNCHANGED).linear(np.eye(len(self.weight))) @ self.weight
-        return (self.after or UNCHANGED).linear(read)
-
-    def constant(self) -> Floats:
-        """[d_head]: what is read whatever the residual stream holds, before the norm of the head."""
-        offset = (self.before or UNCHANGED).offset
-        return np.broadcast_to(offset, len(self.weight)) @ self.weight + self.bias
+        return self.after.linear(self.before.linear(np.eye(len(self.weight))) @ self.weight)
 
     def read(self, stream: Floats) -> Floats:
         """Query or key [pos, d_head] of a residual stream [pos, d_model], before rotation."""
-        return self.read_parts(stream, ((self.before or UNCHANGED).linear(stream) @ self.weight)[None])[0]
+        return self.read_parts(stream, (self.before.linear(stream) @ self.weight)[None])[0]
 
     def read_part(self, part: Floats, typical: Floats) -> Floats:
         """What a part of the stream [pos, d_model] adds, norms at their mean scale on `typical`; no constant."""
-        made = (self.before or UNCHANGED).linear(part) @ self.weight
         # A part has no scale of its own: alone it would be blown up to the size of a whole stream.
-        if self.before:
-            made = made / self.before.scale(typical).mean()
-        if not self.after:
-            return made
-        read = replace(self, after=None).read(typical)
-        return self.after.linear(made) / self.after.scale(read).mean()
+        made = self.before.linear(part) @ self.weight / self.before.scale(typical).mean()
+        return self.after.linear(made) / self.after.scale(replace(self, after=UNCHANGED).read(typical)).mean()
 
     def read_parts(self, stream: Floats, parts: Floats) -> Floats:
         """Each part [source, pos, d_head] of the query or key, from `parts` read without division or constant.
 
-        `parts` is `linear(written) @ weight` per source; the last source also gets every constant.
+        `parts` is `before.linear(written) @ weight` per source; the last source also gets every constant.
         """
-        parts = parts / (self.before.scale(stream) if self.before else 1.0)
-        parts[-1] += self.constant()  # before the norm of the head, whose scale depends on it
-        if self.after:
-            parts = self.after.linear(parts) / self.after.scale(parts.sum(0))
-            parts[-1] += self.after.offset
+        parts = parts / self.before.scale(stream)
+        # The constants come before the norm of the head, whose scale depends on them.
+        parts[-1] += np.broadcast_to(self.before.offset, len(self.weight)) @ self.weight + self.bias
+        parts = self.after.linear(parts) / self.after.scale(parts.sum(0))
+        parts[-1] += self.after.offset
         return parts
 
 
 def sides_of(model: Model, head: Head) -> tuple[Side, Side]:
-    """How a head reads its queries, and its keys.
-
-    Raises UserError for models that norm the queries of all heads at once.
-    """
+    """How a head reads its queries, and its keys. Raises UserError for models that norm the queries of all heads at
+    once."""
     layer = model.parts.layers[head.layer]
     weights, norms = layer.weights, layer.norms_of_heads()
     if any(norm and norm.gain.shape not in ((1,), (weights.W_Q.shape[-1],)) for norm in norms):
         raise UserError(f"{model.name} norms the queries of all heads at once: one head's score is no sum of parts")
+
+    def side(matrices: Tensor, biases: Tensor | None, place: int, after: Norm | None) -> Side:
+        bias = np.zeros(matrices.shape[-1]) if biases is None else plain(biases[place])
+        return Side(layer.norm or UNCHANGED, plain(matrices[place]), bias, after or UNCHANGED)
+
     # Where several query heads share a key head, those of one group stand side by side.
     shared = head.head * len(weights.W_K) // model.n_heads
-    made: list[Side] = []
-    for matrices, biases, place in ((weights.W_Q, weights.b_Q, head.head), (weights.W_K, weights.b_K, shared)):
-        bias = np.zeros(matrices.shape[-1]) if biases is None else plain(biases[place])
-        made.append(Side(layer.norm, plain(matrices[place]), bias, norms[len(made)]))
-    return made[0], made[1]
+    return side(weights.W_Q, weights.b_Q, head.head, norms[0]), side(weights.W_K, weights.b_K, shared, norms[1])
 
 
 # --- which part of the model wrote what ---
@@ -202,13 +190,12 @@ def _head_outputs(model: Model, seen: Seen, layer: int) -> tuple[Floats, Floats]
 
     Raises UserError where the two do not add up to what the attention wrote.
     """
-    weights, behind = model.parts.layers[layer].weights, model.parts.layers[layer].norm_behind
+    weights, behind = model.parts.layers[layer].weights, model.parts.layers[layer].norm_behind or UNCHANGED
     heads = np.matmul(seen[layer, "z"][0].swapaxes(0, 1), plain(weights.W_O))
     bias = np.zeros(heads.shape[1:]) + (0.0 if weights.b_O is None else plain(weights.b_O))
-    if behind:
-        # The norm acts on the sum of the heads; with its scale frozen, what is left is linear in each of them.
-        scale = behind.scale(heads.sum(0) + bias)
-        heads, bias = behind.linear(heads) / scale, behind.linear(bias) / scale + behind.offset
+    # The norm acts on the sum of the heads; with its scale frozen, what is left is linear in each of them.
+    scale = behind.scale(heads.sum(0) + bias)
+    heads, bias = behind.linear(heads) / scale, behind.linear(bias) / scale + behind.offset
     output = seen[layer, "attention"][0]
     if np.abs(heads.sum(0) + bias - output).max() > largest_allowed(SUM_ERRORS, model.dtype) * np.abs(output).max():
         raise UserError(f"the heads of layer {layer} of {model.name} do not add up to what its attention writes")
@@ -265,23 +252,18 @@ class Decomposition:
 
 def split_heads(model: Model, tokens: Ints, layer: int, heads: Sequence[int], rules: Rules) -> dict[int, SplitHead]:
     """q and k of each of the `heads` of `layer` on one row of ids [pos], by source."""
-    # Keyed by (head, side), side 0 for queries and 1 for keys.
-    sides = {(head, side): one for head in heads for side, one in enumerate(sides_of(model, Head.at(layer, head)))}
-    norm = model.parts.layers[layer].norm or UNCHANGED
-    names: list[str] = []
-    read: dict[tuple[int, int], list[Floats]] = {which: [] for which in sides}
-    stream = np.zeros(())
+    sides = [side for head in heads for side in sides_of(model, Head.at(layer, head))]
+    weights = np.stack([side.weight for side in sides])
+    names, read, stream = list[str](), list[Floats](), np.zeros(())
     # A source is [pos, d_model] and there may be hundreds: each is read by all heads and let go.
     for source, output in written(model, tokens, layer):
         names.append(source)
         stream = stream + output
-        through = norm.linear(output)
-        for which, into in read.items():
-            into.append(through @ sides[which].weight)
-    made = {which: side.read_parts(stream, np.stack(read[which])) for which, side in sides.items()}
+        read.append(sides[0].before.linear(output) @ weights)
+    made = [side.read_parts(stream, parts) for side, parts in zip(sides, np.stack(read, 1), strict=True)]
     if rules.rotation is not None:
-        made = {which: rules.rotation.turn(part) for which, part in made.items()}
-    return {head: SplitHead(tuple(names), made[head, 0], made[head, 1]) for head in heads}
+        made = [rules.rotation.turn(part) for part in made]
+    return {head: SplitHead(tuple(names), q, k) for head, q, k in zip(heads, made[::2], made[1::2], strict=True)}
 
 
 def decompose(

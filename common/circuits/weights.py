@@ -21,7 +21,7 @@ from common.attention.head import Head
 from common.circuits.decomposition import Side, SplitHead, sides_of, split_heads, written
 from common.circuits.maps import Rules, interact
 from common.heads.statistics import Floats, Ints
-from common.loading.families import plain
+from common.loading.families import UNCHANGED, plain
 
 if TYPE_CHECKING:
     from common.loading.model import Model
@@ -120,8 +120,8 @@ def output_for_tokens(model: Model, sender: Head, tokens: Ints) -> Floats:
     induction head fed by a previous-token head: a token looks for the place behind its own copy.
     """
     layer, read = model.parts.layers[sender.layer], read_embeddings(model, tokens, sender.layer)
-    if layer.norm:
-        read = layer.norm.linear(read) / layer.norm.scale(read) + layer.norm.offset
+    norm = layer.norm or UNCHANGED
+    read = norm.linear(read) / norm.scale(read) + norm.offset
     shared = sender.head * len(layer.weights.W_V) // model.n_heads
     value = read @ plain(layer.weights.W_V[shared])
     if layer.weights.b_V is not None:
@@ -146,8 +146,7 @@ def singular_directions(sides: tuple[Side, Side], embedded: Floats, scale: float
     (left, query_core), (right, key_core) = (np.linalg.qr(side.folded()) for side in sides)
     inner = np.linalg.svd(query_core @ key_core.T)
     queries, strengths, keys = left @ inner.U, inner.S, inner.Vh @ right.T
-    norm = sides[0].before
-    scaled = embedded / norm.scale(embedded) if norm else embedded
+    scaled = embedded / sides[0].before.scale(embedded)
     found = []
     for index in range(min(count, len(strengths))):
         query, key = scaled @ queries[:, index], scaled @ keys[index]

@@ -69,7 +69,9 @@ def lift(model: models.Model, drawn: Battery) -> tuple[np.ndarray, np.ndarray, n
     Each [layers, heads].
     """
     on, off = (scores.score(model, rows, batch_size=8) for rows in (drawn.repeats, drawn.controls))
-    error = off.std("prefix_matching") / np.sqrt(off.sums["prefix_matching"].counts.sum())
+    sums = off.sums["prefix_matching"]
+    spread = sums.resampled(np.ones((1, len(sums.counts))))[1][0]
+    error = spread / np.sqrt(sums.counts.sum())
     score = on.mean("prefix_matching")
     return score, score - off.mean("prefix_matching"), 4 * np.sqrt(2) * error
 

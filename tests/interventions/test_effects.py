@@ -180,7 +180,7 @@ def mini_scores(mini, mini_rows):
 def induction(mini_scores):
     """The detected heads, highest score first."""
     repeats, controls = (measured.sums["prefix_matching"] for measured in mini_scores)
-    found = detection.attend(repeats, controls, detection.Precision.of_rows(8))
+    found = detection.attend(repeats, controls, detection.deviations(repeats.sums[0].size, 0.5, 7))
     return [head for head in detection.by_score(found.score) if found.attends[head]]
 
 

@@ -411,7 +411,7 @@ def test_an_activation_that_is_not_shown_is_said(random_gpt2, drawn, monkeypatch
 
 def test_a_query_left_without_attention_stays_empty(random_gpt2):
     """Forbidding all a query may see gives zeros, not NaN."""
-    everything = Cells.of(np.zeros(2, int), np.ones(2, int), np.arange(2))
+    everything = Cells(np.zeros(2, int), np.ones(2, int), np.arange(2))
     with applied(random_gpt2, interventions.forbid([(0, 0)], everything)):
         assert torch.isfinite(bridge_logits(random_gpt2, np.array([[0, 5, 6]]))).all()
 
