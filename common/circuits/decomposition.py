@@ -102,20 +102,19 @@ def sides_of(model: Model, head: Head) -> tuple[Side, Side]:
 def written(model: Model, tokens: Ints, layer: int) -> Iterator[tuple[str, Floats]]:
     """What each part of the model wrote into the residual stream that `layer` reads, on one row of ids [pos].
 
-    Yields (source, [pos, d_model]), which sum to the stream exactly:
-    `embed`, the token: its embedding (with the model's own scaling or norm of it) and, where `layer` comes after MLP 0,
-    what MLP 0 makes of the token whatever its context (`mean_first_mlp`); `pos_embed`, where positions are added; per
-    earlier layer its heads (`0.1`), those of layer 0 with what MLP 0 makes of them (`through_first_mlp`), and its MLP,
-    `mlp0` being the rest of what MLP 0 wrote; and last `bias`, the output biases of all attention layers. Post-norms
-    are frozen and shared out.
+    Yields (source, [pos, d_model]), which sum to the stream exactly: `embed`, the token: its embedding (with the
+    model's own scaling or norm of it) and, where `layer` comes after MLP 0, what MLP 0 makes of the token whatever its
+    context (`mean_first_mlp`); `pos_embed`, where positions are added; per earlier layer its heads (`0.1`), those of
+    layer 0 with what MLP 0 makes of them (`through_first_mlp`), and its MLP, `mlp0` being the rest of what MLP 0 wrote;
+    and last `bias`, the output biases of all attention layers. Post-norms are frozen and shared out.
     Raises UserError where the heads of a layer do not add up to what its attention wrote.
     """
     seen = _see_stream(model, tokens[None], layer)
     token = mean_first_mlp(model, tokens) if layer else 0.0
     constant = np.zeros((len(tokens), model.d_model))
-    positions = constant + seen[0, "pos_embed"][0] if (0, "pos_embed") in seen else None
-    yield "embed", seen[0, "resid_pre"][0] - (0.0 if positions is None else positions) + token
-    if positions is not None:
+    positions = constant + seen.get((0, "pos_embed"), constant[None])[0]
+    yield "embed", seen[0, "resid_pre"][0] - positions + token
+    if (0, "pos_embed") in seen:
         yield "pos_embed", positions
     for earlier in range(layer):
         heads, bias = _head_outputs(model, seen, earlier)
@@ -134,10 +133,16 @@ def mean_first_mlp(model: Model, tokens: Ints) -> Floats:
 
     Later layers of many models read little of the embedding itself, because MLP 0 rewrites it. Its mean over contexts
     is the part of its output that depends on the token alone. The contexts are `CONTEXTS` rows, each a random order of
-    the tokens and as many random ordinary ones behind BOS; they are the same for every run.
+    the tokens and as many random ordinary ones (as far as they fit) behind BOS; they are the same for every run.
     """
     every, place = np.unique(tokens, return_inverse=True)
-    rows = np.stack([_context(model, every[every != model.bos], row) for row in range(CONTEXTS)])
+    own = every[every != model.bos]
+    rows = np.full((CONTEXTS, min(2 * len(own) + 1, model.context)), model.bos)
+    for number, row in enumerate(rows):
+        rng = np.random.default_rng([CONTEXTS, number])
+        # Other tokens too: among a text's own few, a token would meet the same neighbours in every context.
+        others = rng.choice(model.ordinary(), size=len(row) - 1 - len(own))
+        row[1:] = rng.permutation(np.concatenate([own, others]))
     made = _see_stream(model, rows, 1)[0, "mlp"]
     return np.stack([made[rows == token].mean(0) for token in every])[place]
 
@@ -148,23 +153,15 @@ def through_first_mlp(model: Model, tokens: Ints) -> Floats:
     As with the token, later layers may read a head of layer 0 in what MLP 0 made of it. These parts need not add up to
     what MLP 0 wrote; the rest is the source `mlp0`. Zero where MLP 0 does not see these heads (parallel blocks).
     """
-    rows = np.repeat(tokens[None], model.n_heads + 1, axis=0)  # one per silent head; the last row is left as it is
-    edits = [Edit(Head.at(0, head), "z", partial(_silent_in, head)) for head in range(model.n_heads)]
+    # All rows are in one run: one per silent head, and the last is left as it is.
+    rows = np.repeat(tokens[None], model.n_heads + 1, axis=0)
+
+    def silence(head: int, output: Tensor, rows: slice) -> Tensor:
+        return output.index_fill(0, torch.tensor(head, device=output.device), 0.0)
+
+    edits = [Edit(Head.at(0, head), "z", partial(silence, head)) for head in range(model.n_heads)]
     made = _see_stream(model, rows, 1, edits)[0, "mlp"]
     return made[-1] - made[:-1]
-
-
-def _silent_in(row: int, output: Tensor, rows: slice) -> Tensor:
-    # All rows are in one run, so a head's own row is the one of its number.
-    return output.index_fill(0, torch.tensor(row, device=output.device), 0.0)
-
-
-def _context(model: Model, tokens: Ints, row: int) -> Ints:
-    """BOS, then the different `tokens` and as many random ones, as far as the context reaches, in random order."""
-    rng = np.random.default_rng([CONTEXTS, row])
-    # Other tokens too: among a text's own few, a token would meet the same neighbours in every context.
-    others = rng.choice(model.ordinary(), size=min(len(tokens), model.context - 1 - len(tokens)))
-    return np.concatenate([[model.bos], rng.permutation(np.concatenate([tokens, others]))])
 
 
 def _see_stream(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = ()) -> Seen:
@@ -186,10 +183,7 @@ def _see_stream(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = 
 
 
 def _head_outputs(model: Model, seen: Seen, layer: int) -> tuple[Floats, Floats]:
-    """What each head of `layer` wrote, [head, pos, d_model], and its attention besides, [pos, d_model], in row 0.
-
-    Raises UserError where the two do not add up to what the attention wrote.
-    """
+    """What each head of `layer` wrote, [head, pos, d_model], and its attention besides, [pos, d_model], in row 0."""
     weights, behind = model.parts.layers[layer].weights, model.parts.layers[layer].norm_behind or UNCHANGED
     heads = np.matmul(seen[layer, "z"][0].swapaxes(0, 1), plain(weights.W_O))
     bias = np.zeros(heads.shape[1:]) + (0.0 if weights.b_O is None else plain(weights.b_O))
@@ -235,10 +229,9 @@ class Decomposition:
     error: float
 
     def top(self, count: int) -> list[tuple[str, str, float]]:
-        """The `count` terms of largest absolute value, largest first: (query source, key source, part of
-        `score_advantage`)."""
+        """The `count` largest terms in size, largest first: (query source, key source, part of `score_advantage`)."""
         order = np.argsort(-np.abs(self.terms), axis=None, kind="stable")[:count]
-        pairs = zip(*np.unravel_index(order, self.terms.shape), strict=True)
+        pairs = [divmod(int(place), len(self.sources)) for place in order]
         return [(self.sources[query], self.sources[key], float(self.terms[query, key])) for query, key in pairs]
 
     def record(self, count: int) -> dict[str, object]:
@@ -272,44 +265,40 @@ def decompose(
     """The mean score of `cells` (query, key) of each of `heads` on one row of ids [pos], by query source × key source.
 
     `heads` are numbers within the layer of `interaction`, whose row 0 is `tokens`. Without cells those
-    `FALLBACK_CELLS` with most attention are taken, head by head.
-    Raises UserError where the terms do not sum to the model's own score within 1e-4 relative (float32; 5e-2 in 16
-    bits): then q and k are no linear function of the residual stream that we know of.
+    `FALLBACK_CELLS` with most attention are taken, head by head. Raises UserError where the terms do not sum to the
+    model's own score within 1e-4 relative (float32; 5e-2 in 16 bits): then q and k are no linear function of the
+    residual stream that we know of.
     """
-    split = split_heads(model, tokens, interaction.layer, heads, interaction.rules)
     allowed = largest_allowed(SUM_ERRORS, model.dtype)
     found = {}
-    for head in heads:
-        chosen = cells or largest_cells(interaction.pattern[0, head], FALLBACK_CELLS)
-        kind = "induction cells" if cells else "cells with most attention"
-        found[head] = _decomposition(split[head], interaction, head, chosen, kind)
-        if not found[head].error <= allowed:  # NaN is refused, too
+    for head, split in split_heads(model, tokens, interaction.layer, heads, interaction.rules).items():
+        found[head] = one = _decomposition(split, interaction, head, cells)
+        if not one.error <= allowed:  # NaN is refused, too
             raise UserError(
                 f"the parts of head {Head.at(interaction.layer, head)} of {model.name} do not add up to its score (off "
-                f"by {found[head].error:.2g} of its largest score, allowed {allowed:.2g}): no decomposition of it is "
-                "shown"
+                f"by {one.error:.2g} of its largest score, allowed {allowed:.2g}): no decomposition of it is shown"
             )
     return found
 
 
-def _decomposition(split: SplitHead, interaction: Interaction, head: int, cells: CellPairs, kind: str) -> Decomposition:
+def _decomposition(split: SplitHead, interaction: Interaction, head: int, cells: CellPairs) -> Decomposition:
     rules, products = interaction.rules, interaction.products[0, head]
-    query, key = (np.array(places, dtype=np.int64) for places in zip(*cells, strict=True))
-    others = _other_keys(rules.visible[0], query, key)
+    chosen = cells or largest_cells(interaction.pattern[0, head], FALLBACK_CELLS)
+    query, key = np.array(chosen, dtype=np.int64).T
     q, k = rules.scale * split.q[:, query], split.k[:, key]
-    against = k - np.einsum("cp,spd->scd", others, split.k)
-    advantages = score_advantages(products, rules.visible[0], query, key)
-    both = ((k, products[query, key]), (against, advantages))
-    off = [np.abs((q.sum(0) * keys.sum(0)).sum(-1) - theirs).max() for keys, theirs in both]
+    against = k - np.einsum("cp,spd->scd", _other_keys(rules.visible[0], query, key), split.k)
+    score, advantage = products[query, key], score_advantages(products, rules.visible[0], query, key)
+    # What the parts sum to, cell by cell, less what they must sum to.
+    off = [(q.sum(0) * k.sum(0)).sum(-1) - score, (q.sum(0) * against.sum(0)).sum(-1) - advantage]
     return Decomposition(
         sources=split.sources,
-        cells=tuple((int(a), int(b)) for a, b in cells),
-        kind=kind,
-        raw=np.tensordot(q, k, axes=([1, 2], [1, 2])) / len(cells),  # mean over cells of q·k, source by source
-        terms=np.tensordot(q, against, axes=([1, 2], [1, 2])) / len(cells),
-        score=float(products[query, key].mean()),
-        score_advantage=float(advantages.mean()),
-        error=float(max(off) / max(np.abs(products[rules.visible[0]]).max(), np.finfo(float).tiny)),
+        cells=tuple((int(query), int(key)) for query, key in chosen),
+        kind="induction cells" if cells else "cells with most attention",
+        raw=np.tensordot(q, k, axes=([1, 2], [1, 2])) / len(chosen),  # mean over cells of q·k, source by source
+        terms=np.tensordot(q, against, axes=([1, 2], [1, 2])) / len(chosen),
+        score=float(score.mean()),
+        score_advantage=float(advantage.mean()),
+        error=float(np.abs(off).max() / max(np.abs(products[rules.visible[0]]).max(), np.finfo(float).tiny)),
     )
 
 
@@ -332,5 +321,5 @@ def largest_cells(pattern: Floats, count: int) -> list[tuple[int, int]]:
     candidates = np.where(np.tril(np.ones_like(pattern, dtype=bool)), pattern, -1.0)
     candidates[:2], candidates[:, 0] = -1.0, -1.0  # query 1 sees BOS and itself alone
     order = np.argsort(-candidates, axis=None, kind="stable")[:count]
-    cells = zip(*np.unravel_index(order, pattern.shape), strict=True)
-    return [(int(query), int(key)) for query, key in cells if candidates[query, key] >= 0]
+    cells = [divmod(int(place), len(pattern)) for place in order]
+    return [cell for cell in cells if candidates[cell] >= 0]

@@ -52,8 +52,8 @@ class Rotation:
 
     @classmethod
     def of(cls, angles: Sequence[Floats]) -> Rotation:
-        """From the two arrays [pos, angles] that transformers gives to attention. How dimensions are paired shows in
-        which columns hold the same angle."""
+        """From the two arrays [pos, angles] of transformers: which columns hold the same angle shows how dimensions are
+        paired."""
         sin_first = bool((angles[0][0] == 0).all())  # at position 0 nothing is turned
         cos, sin = reversed(angles) if sin_first else angles
         half = cos.shape[-1] // 2
@@ -62,9 +62,8 @@ class Rotation:
         if np.array_equal(cos[:, ::2], cos[:, 1::2]):
             return cls(cos, sin, interleaved=True)
         # Every angle is there once: GPT-J, which gives sin first, turns neighbours by it, GPT-OSS the two halves.
-        if sin_first:
-            return cls(np.repeat(cos, 2, -1), np.repeat(sin, 2, -1), interleaved=True)
-        return cls(np.tile(cos, 2), np.tile(sin, 2), interleaved=False)
+        cos, sin = (np.repeat(part, 2, -1) if sin_first else np.tile(part, 2) for part in (cos, sin))
+        return cls(cos, sin, interleaved=sin_first)
 
     def turn(self, vectors: Floats, places: slice = slice(None)) -> Floats:
         """`vectors` [..., pos, d_head] turned as the positions `places` turn them."""
@@ -156,11 +155,9 @@ def interact(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = ())
     pattern = rules.pattern(scores)
     allowed = _allowed(q, k, rules.scale, model.dtype)
     theirs = torch.stack([call.scores_of(head) for head in range(call.n_heads)], 1)
-    check = Check(
-        pattern=_largest_error(model, layer, "pattern", (pattern, call.pattern()), rules.visible, allowed),
-        scores=_largest_error(model, layer, "score", (scores, theirs), rules.visible, allowed),
-    )
-    return Interaction(layer, q, k, products, scores, pattern, rules, check)
+    both = {"pattern": (pattern, plain(call.pattern())), "score": (scores, plain(theirs))}
+    errors = _errors(model, layer, both, rules.visible, allowed)
+    return Interaction(layer, q, k, products, scores, pattern, rules, Check(errors["score"], errors["pattern"]))
 
 
 def export(interaction: Interaction, tokens: Ints, path: Path) -> None:
@@ -249,21 +246,22 @@ def _allowed(q: Floats, k: Floats, scale: float, dtype: torch.dtype) -> float:
     return max(largest_allowed(SCORE_ERRORS, dtype), ROUNDINGS * torch.finfo(dtype).eps * largest)
 
 
-def _largest_error(
-    model: Model, layer: int, what: str, maps: tuple[Floats, torch.Tensor], visible: Bools, allowed: float
-) -> float:
-    """Largest difference of our and the model's `maps` [batch, head, query, key] in visible cells.
+def _errors(
+    model: Model, layer: int, maps: dict[str, tuple[Floats, Floats]], visible: Bools, allowed: float
+) -> dict[str, float]:
+    """Largest difference of our and the model's `maps` [batch, head, query, key] in visible cells, by what they show.
 
     Raises UserError with the worst cell where it is above `allowed`.
     """
-    ours, theirs = maps[0], plain(maps[1])
-    error = np.where(visible[:, None], np.abs(ours - theirs), 0.0)
-    worst = np.unravel_index(int(np.argmax(error)), error.shape)
-    if error[worst] <= allowed:  # not so for NaN either, which argmax finds first
-        return float(error[worst])
-    _, head, query, key = (int(place) for place in worst)
-    raise UserError(
-        f"layer {layer} of {model.name} is not reproduced: head {Head.at(layer, head)}, query {query}, key {key} has "
-        f"the {what} {theirs[worst]:.6g} in the model and {ours[worst]:.6g} by our rules (off by {error[worst]:.2g}, "
-        f"allowed {allowed:.2g}); no map of it is drawn"
-    )
+    errors = {}
+    for what, (ours, theirs) in maps.items():
+        error = np.where(visible[:, None], np.abs(ours - theirs), 0.0)
+        _, head, query, key = worst = tuple(int(place) for place in np.unravel_index(int(error.argmax()), error.shape))
+        errors[what] = float(error[worst])
+        if not errors[what] <= allowed:  # so for NaN, too, which argmax finds first
+            raise UserError(
+                f"layer {layer} of {model.name} is not reproduced: head {Head.at(layer, head)}, query {query}, key "
+                f"{key} has the {what} {theirs[worst]:.6g} in the model and {ours[worst]:.6g} by our rules (off by "
+                f"{errors[what]:.2g}, allowed {allowed:.2g}); no map of it is drawn"
+            )
+    return errors

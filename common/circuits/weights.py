@@ -82,19 +82,14 @@ def head_circuits(
     sides, embedded = sides_of(model, head), read_embeddings(model, different, head.layer)
     q, k = (side.read(embedded) for side in sides)
     far = [distance for distance in distances if distance < len(tokens)] if rules.rotation else [0]
+    by_distance = {distance: token_circuit(q, k, rules, distance) for distance in far}
     composed = None
     if sender:
         sent = sides[1].read_part(output_for_tokens(model, sender, different), embedded)
         composed = token_circuit(q, sent, rules, far[0])
-    return HeadCircuits(
-        head=head,
-        tokens=different,
-        by_distance={distance: token_circuit(q, k, rules, distance) for distance in far},
-        sender=sender,
-        composed=composed,
-        position=position_circuit(split_heads(model, tokens, head.layer, [head.head], rules)[head.head], rules),
-        directions=singular_directions(sides, embedded, rules.scale, DIRECTIONS),
-    )
+    position = position_circuit(split_heads(model, tokens, head.layer, [head.head], rules)[head.head], rules)
+    directions = singular_directions(sides, embedded, rules.scale, DIRECTIONS)
+    return HeadCircuits(head, different, by_distance, sender, composed, position, directions)
 
 
 def read_embeddings(model: Model, tokens: Ints, layer: int) -> Floats:
@@ -120,13 +115,11 @@ def output_for_tokens(model: Model, sender: Head, tokens: Ints) -> Floats:
     induction head fed by a previous-token head: a token looks for the place behind its own copy.
     """
     layer, read = model.parts.layers[sender.layer], read_embeddings(model, tokens, sender.layer)
-    norm = layer.norm or UNCHANGED
-    read = norm.linear(read) / norm.scale(read) + norm.offset
-    shared = sender.head * len(layer.weights.W_V) // model.n_heads
-    value = read @ plain(layer.weights.W_V[shared])
-    if layer.weights.b_V is not None:
-        value = value + plain(layer.weights.b_V[shared])
-    return value @ plain(layer.weights.W_O[sender.head])
+    norm, weights = layer.norm or UNCHANGED, layer.weights
+    shared = sender.head * len(weights.W_V) // model.n_heads
+    value = (norm.linear(read) / norm.scale(read) + norm.offset) @ plain(weights.W_V[shared])
+    bias = 0.0 if weights.b_V is None else plain(weights.b_V[shared])
+    return (value + bias) @ plain(weights.W_O[sender.head])
 
 
 def position_circuit(split: SplitHead, rules: Rules) -> Floats | None:

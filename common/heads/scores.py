@@ -120,30 +120,22 @@ def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def patterns(model: Model, tokens: Ints, wanted: Sequence[tuple[int, int | None]]) -> list[Floats]:
-    """The attention patterns on one row of ids that `wanted` names, each [query, key].
+def patterns(
+    model: Model, tokens: Ints, wanted: Sequence[tuple[int, int | None]], places: Sequence[int] | None = None
+) -> list[Floats]:
+    """The attention patterns on one row of ids that `wanted` names, each [query, key], at some `places` or all.
 
     A wanted (layer, head) is that head's pattern, (layer, None) the mean over the heads of the layer.
     """
     kept: dict[tuple[int, int | None], Floats] = {}
+    places = range(len(tokens)) if places is None else places
+    rows, columns = np.ix_(places, places)
 
     def keep(layer: int, call: Call) -> None:
         pattern = call.pattern()[0]
         for at, head in wanted:
             if at == layer:
-                kept[at, head] = plain(pattern.mean(0) if head is None else pattern[head])
+                kept[at, head] = plain((pattern.mean(0) if head is None else pattern[head])[rows, columns])
 
     model.read(tokens[None], keep, sorted({layer for layer, _ in wanted}))
     return [kept[which] for which in wanted]
-
-
-def every_pattern(model: Model, tokens: Ints, places: Sequence[int]) -> Floats:
-    """The patterns of all heads on one row of ids at the chosen positions, [layers, heads, place, place]."""
-    found = np.zeros((model.n_layers, model.n_heads, len(places), len(places)))
-    rows, columns = np.ix_(places, places)
-
-    def keep(layer: int, call: Call) -> None:
-        found[layer] = plain(call.pattern()[0, :, rows, columns])
-
-    model.read(tokens[None], keep)
-    return found
