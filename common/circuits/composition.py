@@ -86,8 +86,11 @@ def compose(model: Model, layer: int, *, seed: int) -> Composition | None:
     writing = np.concatenate([_onto(*reversed(_values_and_outputs(model, earlier))) for earlier in range(layer)])
     corners = _corners(model.d_model, writing.shape[-1], seed)
     scores, baseline, z = {}, {}, {}
-    for way in WAYS:
-        reading = _reading(model, layer, way)
+    sides = [sides_of(model, Head.at(layer, head)) for head in range(model.n_heads)]
+    queries, keys = (np.stack([pair[side].folded() for pair in sides]) for side in (0, 1))
+    read = {"Q": (queries, keys), "K": (keys, queries), "V": _values_and_outputs(model, layer)}
+    for way, matrices in read.items():
+        reading = _onto(*matrices)
         scores[way] = _scores(writing, reading)
         # ||A R B||^2 = sum_ij a_i^2 Z_ij^2 b_j^2, with a and b the singular values and Z a block of the rotation R in
         # their bases, which is distributed as a corner of R whatever the bases are.
@@ -107,15 +110,6 @@ def _values_and_outputs(model: Model, layer: int) -> tuple[Floats, Floats]:
     # The scale of the norm is one number per position: it cancels in a ratio of norms.
     through = (parts.norm or UNCHANGED).linear(np.eye(model.d_model))
     return through @ values, (parts.norm_behind or UNCHANGED).linear(plain(parts.weights.W_O)).swapaxes(1, 2)
-
-
-def _reading(model: Model, layer: int, way: str) -> Floats:
-    """The matrix by which every head of `layer` reads, as `_onto` gives it: W_QK, its transpose, or W_OV."""
-    if way == "V":
-        return _onto(*_values_and_outputs(model, layer))
-    sides = [sides_of(model, Head.at(layer, head)) for head in range(model.n_heads)]
-    queries, keys = (np.stack([pair[side].folded() for pair in sides]) for side in (0, 1))
-    return _onto(queries, keys) if way == "Q" else _onto(keys, queries)
 
 
 def _onto(near: Floats, far: Floats) -> Floats:

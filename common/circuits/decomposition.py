@@ -42,10 +42,8 @@ Seen = dict[tuple[int, str], Floats]  # what a run showed, by layer and point, e
 
 @dataclass(frozen=True)
 class Side:
-    """How one head makes its query, or its key, of the residual stream: norm, weights, and a norm of its own.
-
-    `weight`: [d_model, d_head]; `bias`: [d_head]; `before`, `after`: the norms around them, or `UNCHANGED`.
-    """
+    """How one head makes its query, or its key, of the residual stream: `weight` [d_model, d_head], `bias` [d_head],
+    and the norms `before` and `after` them, or `UNCHANGED`."""
 
     before: Norm
     weight: Floats
@@ -67,10 +65,8 @@ class Side:
         return self.after.linear(made) / self.after.scale(replace(self, after=UNCHANGED).read(typical)).mean()
 
     def read_parts(self, stream: Floats, parts: Floats) -> Floats:
-        """Each part [source, pos, d_head] of the query or key, from `parts` read without division or constant.
-
-        `parts` is `before.linear(written) @ weight` per source; the last source also gets every constant.
-        """
+        """Parts [source, pos, d_head] of the query or key, from `before.linear(written) @ weight` of each source; the
+        last source also gets every constant."""
         parts = parts / self.before.scale(stream)
         # The constants come before the norm of the head, whose scale depends on them.
         parts[-1] += np.broadcast_to(self.before.offset, len(self.weight)) @ self.weight + self.bias
@@ -129,11 +125,10 @@ def written(model: Model, tokens: Ints, layer: int) -> Iterator[tuple[str, Float
 
 
 def mean_first_mlp(model: Model, tokens: Ints) -> Floats:
-    """What MLP 0 makes of each of the ids [pos] on average over contexts, [pos, d_model].
+    """What MLP 0 makes of each of the ids [pos] on average over contexts, [pos, d_model]: what depends on it alone.
 
-    Later layers of many models read little of the embedding itself, because MLP 0 rewrites it. Its mean over contexts
-    is the part of its output that depends on the token alone. The contexts are `CONTEXTS` rows, each a random order of
-    the tokens and as many random ordinary ones (as far as they fit) behind BOS; they are the same for every run.
+    Later layers of many models read little of the embedding itself, because MLP 0 rewrites it. The contexts are
+    `CONTEXTS` rows, the same for every run: BOS, then in random order the tokens and as many others, if they fit.
     """
     every, place = np.unique(tokens, return_inverse=True)
     own = every[every != model.bos]
@@ -150,8 +145,8 @@ def mean_first_mlp(model: Model, tokens: Ints) -> Floats:
 def through_first_mlp(model: Model, tokens: Ints) -> Floats:
     """What MLP 0 makes of each head of layer 0, [head, pos, d_model]: its output less its output with that head silent.
 
-    As with the token, later layers may read a head of layer 0 in what MLP 0 made of it. These parts need not add up to
-    what MLP 0 wrote; the rest is the source `mlp0`. Zero where MLP 0 does not see these heads (parallel blocks).
+    These parts need not add up to what MLP 0 wrote; the rest is the source `mlp0`. Zero where MLP 0 does not see these
+    heads (parallel blocks).
     """
     # All rows are in one run: one per silent head, and the last is left as it is.
     rows = np.repeat(tokens[None], model.n_heads + 1, axis=0)
@@ -174,12 +169,14 @@ def _see_stream(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = 
     taps = [] if positions is None else [(positions, "output", added.append)]
     found = model.record(tokens, wanted | {(layer, "resid_pre")}, edits, taps=taps)
     seen = {point: plain(value) for point, value in found.items()}
+    if added:
+        seen[0, "pos_embed"] = plain(added[0])
     for index in range(layer):
         before, after = seen[index, "resid_pre"], seen[index, middle[index]]
         # Bloom's attention hands on the stream with its output in it, so the difference is taken where there is one.
         seen[index, "attention"] = after - before if middle[index] == "resid_mid" else after
         seen[index, "mlp"] = seen[index + 1, "resid_pre"] - before - seen[index, "attention"]
-    return {**seen, (0, "pos_embed"): plain(added[0])} if added else seen
+    return seen
 
 
 def _head_outputs(model: Model, seen: Seen, layer: int) -> tuple[Floats, Floats]:
@@ -212,11 +209,11 @@ class SplitHead:
 class Decomposition:
     """The mean score of some cells of one head, by query source (rows) and key source (columns).
 
-    `cells` are (query, key), `kind` says which: induction cells, or those with most attention.
-    `raw`: [source, source], sums to `score`, the mean over the cells of scale · q·k (before soft-cap and position
-    bias). `terms`: the same for `score_advantage`, the mean over the cells of the score minus the mean score of the
-    other keys that the query sees, BOS and the query's other cells left out: what is the same for every key drops out.
-    `error` is the largest error of both sums over the cells, relative to the head's largest score on the row.
+    `cells` are (query, key), `kind` says which: induction cells, or those with most attention. `raw`: [source, source],
+    sums to `score`, the mean over the cells of scale · q·k (before soft-cap and position bias). `terms`: the same for
+    `score_advantage`, the mean over the cells of the score minus the mean score of the other keys that the query sees,
+    BOS and the query's other cells left out: what is the same for every key drops out. `error` is the largest error of
+    both sums over the cells, relative to the head's largest score on the row.
     """
 
     sources: tuple[str, ...] = field(repr=False)
@@ -266,8 +263,7 @@ def decompose(
 
     `heads` are numbers within the layer of `interaction`, whose row 0 is `tokens`. Without cells those
     `FALLBACK_CELLS` with most attention are taken, head by head. Raises UserError where the terms do not sum to the
-    model's own score within 1e-4 relative (float32; 5e-2 in 16 bits): then q and k are no linear function of the
-    residual stream that we know of.
+    model's own score within `SUM_ERRORS`, relative: then q and k are no linear function of the residual stream.
     """
     allowed = largest_allowed(SUM_ERRORS, model.dtype)
     found = {}

@@ -42,8 +42,8 @@ ROUNDINGS = 8  # roundings of its own precision that the model may make in a sum
 class Rotation:
     """Rotary positions (Su et al. 2021, arXiv 2104.09864): pairs of dimensions turned by an angle that grows with pos.
 
-    `cos`, `sin`: [pos, rotated]; of d_head dimensions the first `rotated` turn, the others stay. Dimension i is paired
-    with i + rotated / 2, or with its neighbour where `interleaved`.
+    `cos`, `sin`: [pos, rotated], of the first `rotated` dimensions; the others stay. Dimension i is paired with
+    i + rotated / 2, or with its neighbour where `interleaved`.
     """
 
     cos: Floats
@@ -78,11 +78,11 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a layer does to q·k on its way to the pattern.
+    """What a layer does to q·k on its way to the pattern, in this order.
 
-    `scale` multiplies the product; `softcap` c, where there is one, makes c·tanh(x / c) of it; `bias`, to be broadcast
-    over [batch, head, query, key], is then added; `visible` [batch, query, key] says which keys a query may see; a
-    sink [head] takes part in the softmax as a key without a value; `rotation` says how positions turned q and k.
+    `scale` multiplies the product; `softcap` c makes c·tanh(x / c) of it; `bias`, to be broadcast over [batch, head,
+    query, key], is added; `visible` [batch, query, key] says which keys a query may see; a sink [head] takes part in
+    the softmax as a key without a value; `rotation` says how positions turned q and k.
     """
 
     scale: float
@@ -123,9 +123,8 @@ class Interaction:
     """Queries and keys of a layer, and how they meet.
 
     `q`, `k`: [batch, pos, head, d_head], after bias, norm and rotation, keys repeated to the query heads;
-    `products`: [batch, head, query, key], scale · q·k; `scores`: the same after soft-cap and position bias, as softmax
-    gets them (cells that a query may not see hold a number too: mask them with `rules.visible`); `pattern`: after
-    softmax, in [0, 1].
+    `products`: [batch, head, query, key], scale · q·k; `scores`: the same after soft-cap and position bias (cells that
+    a query may not see hold a number too: mask them with `rules.visible`); `pattern`: after softmax, in [0, 1].
     """
 
     layer: int
@@ -205,7 +204,6 @@ def _see(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit]) -> tuple
 
 
 def _rules(call: Call, given: Mapping[str, object]) -> Rules:
-    """The layer's scale, soft-cap, position bias, mask, rotation and sinks, in this call."""
     visible, bias = _mask(call)
     if call.bias is not None:
         bias = plain(call.bias) + (0.0 if bias is None else bias)
@@ -240,8 +238,7 @@ def _mask(call: Call) -> tuple[Bools, Floats | None]:
 
 
 def _allowed(q: Floats, k: Floats, scale: float, dtype: torch.dtype) -> float:
-    """The error to allow: a fixed one, or that of the model's own sums of products where those are very large."""
-    # Rounding grows with the size of the terms, which may cancel in the score itself.
+    # Rounding grows with the size of the terms of a sum of products, which may cancel in the score itself.
     largest = float(scale * dot_products(np.abs(q), np.abs(k)).max())
     return max(largest_allowed(SCORE_ERRORS, dtype), ROUNDINGS * torch.finfo(dtype).eps * largest)
 
@@ -249,10 +246,8 @@ def _allowed(q: Floats, k: Floats, scale: float, dtype: torch.dtype) -> float:
 def _errors(
     model: Model, layer: int, maps: dict[str, tuple[Floats, Floats]], visible: Bools, allowed: float
 ) -> dict[str, float]:
-    """Largest difference of our and the model's `maps` [batch, head, query, key] in visible cells, by what they show.
-
-    Raises UserError with the worst cell where it is above `allowed`.
-    """
+    """Largest difference of our and the model's `maps` [batch, head, query, key] in visible cells, by what they show;
+    UserError with the worst cell where it is above `allowed`."""
     errors = {}
     for what, (ours, theirs) in maps.items():
         error = np.where(visible[:, None], np.abs(ours - theirs), 0.0)

@@ -44,11 +44,11 @@ class Direction:
 
     def record(self, tokens: Sequence[str], count: int) -> dict[str, object]:
         """The share, and the `count` tokens farthest along the direction as queries and as keys, with how far."""
-        found: dict[str, object] = {"share": self.share}
-        for side, along in (("query", self.query), ("key", self.key)):
-            farthest = np.argsort(-np.abs(along), kind="stable")[:count]
-            found[side] = [(tokens[at], float(along[at])) for at in farthest]
-        return found
+
+        def farthest(along: Floats) -> list[tuple[str, float]]:
+            return [(tokens[at], float(along[at])) for at in np.argsort(-np.abs(along), kind="stable")[:count]]
+
+        return {"share": self.share, "query": farthest(self.query), "key": farthest(self.key)}
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,8 @@ def read_embeddings(model: Model, tokens: Ints, layer: int) -> Floats:
 
 
 def token_circuit(q: Floats, k: Floats, rules: Rules, distance: int) -> Floats:
-    """[query, key]: scores of one head's queries with its keys [token, d_head], `distance` positions apart.
-
-    `distance` matters on rotary models only; it must be less than the positions that `rules.rotation` holds.
-    """
+    """[query, key]: scores of one head's queries with its keys [token, d_head], `distance` positions apart, which
+    matters on rotary models only; it must be less than the positions that `rules.rotation` holds."""
     if rules.rotation is not None:
         q = rules.rotation.turn(q, slice(distance, distance + 1))
         k = rules.rotation.turn(k, slice(1))  # only the difference of positions counts, so keys stand at 0
@@ -111,8 +109,8 @@ def token_circuit(q: Floats, k: Floats, rules: Rules, distance: int) -> Floats:
 def output_for_tokens(model: Model, sender: Head, tokens: Ints) -> Floats:
     """[token, d_model]: what `sender` writes when it attends to nothing but one of the ids [token].
 
-    Read as a key by a later head, norms at the mean scale that they have on the embeddings, it shows a diagonal for an
-    induction head fed by a previous-token head: a token looks for the place behind its own copy.
+    Read as a key by an induction head that a previous-token head feeds, it shows a diagonal: a token looks for the
+    place behind its own copy.
     """
     layer, read = model.parts.layers[sender.layer], read_embeddings(model, tokens, sender.layer)
     norm, weights = layer.norm or UNCHANGED, layer.weights
@@ -131,10 +129,8 @@ def position_circuit(split: SplitHead, rules: Rules) -> Floats | None:
 
 
 def singular_directions(sides: tuple[Side, Side], embedded: Floats, scale: float, count: int) -> list[Direction]:
-    """The `count` strongest directions of W_Q W_K^T, norm weights folded in, with the tokens of [token, d_model] along.
-
-    Each is turned so that the token farthest along it as a query is positive. Rotation is left out.
-    """
+    """The `count` strongest directions of W_Q W_K^T, norm weights folded in, with the tokens of [token, d_model] along;
+    the token farthest along each as a query is positive. Rotation is left out."""
     # The matrix has the rank of a head: its SVD is that of the small core between two orthogonal bases.
     (left, query_core), (right, key_core) = (np.linalg.qr(side.folded()) for side in sides)
     inner = np.linalg.svd(query_core @ key_core.T)

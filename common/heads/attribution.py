@@ -6,16 +6,16 @@ predicts, its logit is taken above the mean logit of all tokens.
 
 1. Total effect: the change of the correct token's logit, through all later layers, because a head attends to its
    targets. To first order (attribution patching: Nanda 2023; Syed et al. 2023, arXiv 2310.10348): the gradient of the
-   logit at the head's output times what its output owes to the targets. The gradient of an output suffices, because
-   sum dL/dP * dP = sum dL/dO * (dP V). So one forward and one backward pass measure all heads, and no pattern is kept.
+   logit at the head's output times what its output owes to the targets. As sum dL/dP * dP = sum dL/dO * (dP V), one
+   forward and one backward pass measure all heads, and no pattern is kept.
 2. Direct effect, from the same pass: the part of it that goes straight into the last residual stream, through the final
    norm with its scale frozen (direct logit attribution: Elhage et al. 2021; Wang et al. 2022, arXiv 2211.00593). Heads
    that act through later heads have a total effect and no direct one.
-3. OV copying, from weights alone: the full OV circuit takes a token that is attended to into logits. Its eigenvalues
-   are positive where tokens raise themselves; the score is their sum over the sum of their sizes (Elhage et al. 2021,
-   "A Mathematical Framework for Transformer Circuits", Summarizing OV/QK matrices). The token enters as the layer
-   really reads it: the residual stream after block 0 on the row (BOS, token), through the layer's own norm; in layer 0
-   the embedding itself. A constant that all tokens share is taken off.
+3. OV copying, from weights alone: the sum of the eigenvalues of the full OV circuit, from attended token to logits,
+   over the sum of their sizes (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", Summarizing
+   OV/QK matrices): they are positive where tokens raise themselves. The token enters as the layer really reads it: the
+   residual stream after block 0 on the row (BOS, token), through the layer's own norm; in layer 0 the embedding itself.
+   A constant that all tokens share is taken off.
 """
 
 from __future__ import annotations
@@ -139,13 +139,14 @@ def why_no_direct_path(model: Model) -> str | None:
 def _check_layer(model: Model, tokens: Ints, layer: int) -> None:
     """Raise UserError unless a layer adds to the stream its heads' outputs, a bias and what its MLP writes alone."""
     points = ("resid_pre", "resid_post", "z", "projected", "attn_out", "mlp_out")
-    seen = {name: value for (_, name), value in model.record(tokens, {(layer, name) for name in points}).items()}
-    check_written(model, layer, seen["projected"], seen["attn_out"])
-    heads = torch.einsum("rphd,hdm->rpm", seen["z"], model.parts.layers[layer].weights.W_O)
-    bias = (seen["projected"] - heads)[:1, :1]
-    check_same(heads + bias, seen["projected"], f"layer {layer} writes more than its heads' outputs")
+    seen = model.record(tokens, {(layer, name) for name in points})
+    before, after, z, projected, attention, mlp = (seen[layer, name] for name in points)
+    check_written(model, layer, projected, attention)
+    heads = torch.einsum("rphd,hdm->rpm", z, model.parts.layers[layer].weights.W_O)
+    bias = (projected - heads)[:1, :1]
+    check_same(heads + bias, projected, f"layer {layer} writes more than its heads' outputs")
     complaint = f"layer {layer} adds to the residual stream something else than its attention and its MLP put out"
-    check_same(seen["resid_pre"] + seen["attn_out"] + seen["mlp_out"], seen["resid_post"], complaint)
+    check_same(before + attention + mlp, after, complaint)
 
 
 def check_written(model: Model, layer: int, projected: Tensor, attn_out: Tensor) -> None:
@@ -155,8 +156,7 @@ def check_written(model: Model, layer: int, projected: Tensor, attn_out: Tensor)
 
 def check_readout(model: Model, tokens: Ints) -> None:
     """Raise UserError unless the logits of [rows, pos] ids are the unembedding of the normed final stream."""
-    last = model.n_layers - 1, "resid_post"
-    stream = model.record(tokens, {last})[last]
+    (stream,) = model.record(tokens, {(model.n_layers - 1, "resid_post")}).values()
     complaint = f"'{model.name}' does something else between its last block and its logits than norm and unembed"
     with torch.no_grad():
         check_same(model.parts.unembedding(model.parts.final_norm(stream)), model.logits(tokens), complaint)
@@ -171,10 +171,8 @@ def check_same(one: Tensor, other: Tensor, complaint: str) -> None:
 
 
 def _centred_unembedding(model: Model) -> Tensor:
-    """What raises each token's logit above the mean logit, [d_vocab, d_model], read off the last residual stream.
-
-    The unembedding behind the final norm's gain (and centring, if it centres), but for the scale it divides by.
-    """
+    """What raises each token's logit above the mean logit, [d_vocab, d_model], read off the last residual stream: the
+    unembedding behind the final norm's gain (and centring, if it centres), but for the scale it divides by."""
     weight = unembedding_weights(model.parts)[0].float()
     norm = model.parts.norm
     read_off = (weight - weight.mean(0)) * torch.from_numpy(norm.gain).to(weight)
@@ -185,10 +183,8 @@ def _centred_unembedding(model: Model) -> Tensor:
 
 
 def ov_copying(model: Model) -> Floats:
-    """Copying score of every head's OV circuit, [layers, heads], from -1 (suppresses what it reads) to 1 (copies).
-
-    Meaningful only where `why_no_direct_path` gives None.
-    """
+    """Copying score of every head's OV circuit, [layers, heads], from -1 (suppresses what it reads) to 1 (copies);
+    meaningful only where `why_no_direct_path` gives None."""
     tokens = model.ordinary()
     tokens = tokens[np.unique(np.linspace(0, len(tokens) - 1, min(SAMPLE, len(tokens))).astype(int))]
     # The residual stream of each token alone after BOS, [tokens, d_model]: entering block 0, and leaving it.

@@ -36,6 +36,7 @@ LEAST_EFFECT = 0.05  # nats; a smaller effect on the logit is negligible too
 FALSE_POSITIVES = 0.01  # chance that a model without induction has a head that passes
 MOST = 0.5  # "most of its attention"
 
+Bools = NDArray[np.bool_]
 Sums = Mapping[str, RowSums]  # per head type and part of the budget, [rows, layers, heads]
 
 VERDICTS = ("none", "first-token", "previous-token", "duplicate-token", "attends-only", "suppression", "induction")
@@ -43,10 +44,9 @@ VERDICTS = ("none", "first-token", "previous-token", "duplicate-token", "attends
 
 @dataclass(frozen=True)
 class Attention:
-    """Each head's attention to the targets against its own null, [layers, heads] each.
+    """Each head's attention to the targets against its own null, [layers, heads] each and in [0, 1].
 
-    `score`, `control` and `threshold` lie in [0, 1]. `low` and `high` are the ends of the score's 95 % interval.
-    `confidence`, in [0, 1], is that of the decision whether the head attends.
+    `low`, `high`: the ends of the score's 95 % interval. `confidence`: in the decision whether the head attends.
     """
 
     score: Floats
@@ -57,24 +57,23 @@ class Attention:
     confidence: Floats
 
     @property
-    def attends(self) -> NDArray[np.bool_]:
+    def attends(self) -> Bools:
         """Heads whose score reaches their threshold (`score >= threshold`), whatever their effect, [layers, heads]."""
         return self.score >= self.threshold
 
 
 @dataclass(frozen=True)
 class Detection(Attention):
-    """`Attention` with each head's `verdict`, one of `VERDICTS`, [layers, heads].
+    """`Attention` with each head's `verdict`, one of `VERDICTS`, [layers, heads]; `confidence` is that of the verdict.
 
-    `confidence` is that of the verdict. `resampled`: [resamples, layers, heads], which heads are induction heads when
-    rows are drawn again.
+    `resampled`: [resamples, layers, heads], which heads are induction heads when rows are drawn again.
     """
 
     verdict: NDArray[np.str_]
-    resampled: NDArray[np.bool_]
+    resampled: Bools
 
     @property
-    def induction(self) -> NDArray[np.bool_]:
+    def induction(self) -> Bools:
         """Heads that attend to their targets and raise the correct token, [layers, heads]."""
         return self.verdict == "induction"
 
@@ -103,19 +102,36 @@ def detect(repeats: Sums, controls: Sums, effect: Floats, *, threshold: float | 
     `effect`: total effect on the correct token, [rows, layers, heads], in nats, on any rows with a repeat.
     `threshold`: one number in [0, 1] for all heads in place of their own.
     """
-    rows = len(repeats["prefix_matching"].counts)
-    # At worst all queries of a row say the same: then each of the two means is one of `rows` independent values.
-    needed = deviations(effect[0].size, float(np.sqrt(2 / rows)), rows - 1)
-    found = attend(repeats["prefix_matching"], controls["prefix_matching"], needed, threshold=threshold)
+    queries = repeats["prefix_matching"].counts  # those with a target
+    weights = _draws(len(queries))
+    # At worst all queries of a row say the same: then each of the two means is one of as many values as there are rows.
+    needed = deviations(effect[0].size, float(np.sqrt(2 / len(queries))), len(queries) - 1)
     # Effects are measured on fewer rows than scores, so their rows are drawn again separately, from another seed.
     effects = resampled_mean(effect, _draws(len(effect), seed=1))
-    verdicts = _verdicts(repeats, controls, effects, _draws(rows), needed, threshold)
-    return Detection(
-        found.score, found.control, found.threshold, found.low, found.high,
-        confidence=(verdicts[1:] == verdicts[0]).mean(0),
-        verdict=np.array(VERDICTS)[verdicts[0]],
-        resampled=verdicts[1:] == VERDICTS.index("induction"),
-    )  # fmt: skip
+
+    def passes(kind: str, fixed: float | None = None) -> Bools:
+        score, limit, _ = _against_null(repeats[kind], controls[kind], weights, needed, fixed)
+        return score >= limit
+
+    def gets_most(part: str) -> Bools:
+        # Divided by all queries with a target, not by those that have a cell of this part: the parts must sum to 1.
+        return np.tensordot(weights, repeats[part].sums, 1) / (weights @ queries)[:, None, None] > MOST
+
+    attends = passes("prefix_matching", threshold)
+    # The first condition that holds decides. A fixed threshold is about prefix matching, not about earlier copies.
+    conditions = {
+        "induction": attends & (effects >= LEAST_EFFECT),
+        "suppression": attends & (effects <= -LEAST_EFFECT),
+        "attends-only": attends,
+        "duplicate-token": passes("duplicate_token"),
+        "previous-token": gets_most("budget_previous"),
+        "first-token": gets_most("budget_bos"),
+    }
+    verdicts = np.select(list(conditions.values()), list(map(VERDICTS.index, conditions)), VERDICTS.index("none"))
+    found = attend(repeats["prefix_matching"], controls["prefix_matching"], needed, threshold=threshold)
+    parts = vars(found) | {"confidence": (verdicts[1:] == verdicts[0]).mean(0)}
+    resampled = verdicts[1:] == VERDICTS.index("induction")
+    return Detection(**parts, verdict=np.array(VERDICTS)[verdicts[0]], resampled=resampled)
 
 
 def deviations(heads: int, error: float, freedom: int) -> float:
@@ -141,33 +157,6 @@ def _against_null(
     control, spread = controls.resampled(weights)
     limit = control + np.maximum(needed * spread, LEAST_LIFT) if threshold is None else np.full_like(score, threshold)
     return score, limit, control
-
-
-def _verdicts(
-    repeats: Sums, controls: Sums, effects: Floats, weights: Floats, needed: float, threshold: float | None
-) -> NDArray[np.int64]:
-    """Each head's verdict as its index in `VERDICTS`, [resamples, layers, heads]."""
-
-    def passes(kind: str, fixed: float | None) -> NDArray[np.bool_]:
-        score, limit, _ = _against_null(repeats[kind], controls[kind], weights, needed, fixed)
-        return score >= limit
-
-    def paid_most(part: str) -> NDArray[np.bool_]:
-        # Divided by all queries with a target, not by those that have a cell of this part: the parts must sum to 1.
-        queries = weights @ repeats["prefix_matching"].counts
-        return np.tensordot(weights, repeats[part].sums, 1) / queries[:, None, None] > MOST
-
-    attends = passes("prefix_matching", threshold)
-    # The first condition that holds decides. A fixed threshold is about prefix matching, not about earlier copies.
-    conditions = {
-        "induction": attends & (effects >= LEAST_EFFECT),
-        "suppression": attends & (effects <= -LEAST_EFFECT),
-        "attends-only": attends,
-        "duplicate-token": passes("duplicate_token", None),
-        "previous-token": paid_most("budget_previous"),
-        "first-token": paid_most("budget_bos"),
-    }
-    return np.select(list(conditions.values()), [VERDICTS.index(name) for name in conditions], VERDICTS.index("none"))
 
 
 def by_score(score: Floats) -> list[tuple[int, int]]:

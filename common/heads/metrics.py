@@ -33,18 +33,13 @@ class Metrics:
 
     def sentence(self) -> str:
         """Precision, recall and F1 for a reader, F1 with its interval."""
-        low, high = self.intervals["f1"]
-        return (
-            f"precision {self.precision:.2f}, recall {self.recall:.2f}, "
-            f"F1 {self.f1:.2f} (95 % over rows: {low:.2f} to {high:.2f})"
-        )
+        interval = "95 % over rows: {:.2f} to {:.2f}".format(*self.intervals["f1"])
+        return f"precision {self.precision:.2f}, recall {self.recall:.2f}, F1 {self.f1:.2f} ({interval})"
 
 
 def evaluate(detected: HeadMask, score: Floats, resampled: HeadMask, labels: Labels) -> Metrics:
-    """Precision, recall and F1 of `detected`, average precision of `score`, both [layers, heads].
-
-    `resampled`: [resamples, layers, heads], what is detected when rows are drawn again.
-    """
+    """Precision, recall and F1 of `detected`, average precision of `score`, both [layers, heads]. `resampled`:
+    [resamples, layers, heads], what is detected when rows are drawn again."""
     from sklearn.metrics import average_precision_score  # not above: importing sklearn writes to os.environ
 
     truth = labels.mask(detected.shape)

@@ -41,13 +41,11 @@ class HeadScores:
     def budget(self) -> dict[str, Floats]:
         """What a query with a target pays to each part of `BUDGET`, [layers, heads] each; the parts sum to 1."""
         queries = self.sums["prefix_matching"].counts.sum()
-        parts: dict[str, Floats] = {"targets": self.mean("prefix_matching")}
-        for part in BUDGET[1:-1]:
-            parts[part] = self.sums[f"budget_{part}"].sums.sum(0) / queries
-        return {**parts, "other": 1.0 - np.sum(list(parts.values()), axis=0)}
+        kinds = ["prefix_matching", *(f"budget_{part}" for part in BUDGET[1:-1])]
+        parts = [self.sums[kind].sums.sum(0) / queries for kind in kinds]
+        return dict(zip(BUDGET, [*parts, 1.0 - np.sum(parts, axis=0)], strict=True))
 
     def __add__(self, other: HeadScores) -> HeadScores:
-        """The scores of both lots of rows."""
         return HeadScores({kind: sums + other.sums[kind] for kind, sums in self.sums.items()})
 
 
@@ -65,14 +63,13 @@ def score(model: Model, batch: TokenBatch, *, batch_size: int, advance: Advance 
 
 def _score_at_once(model: Model, batch: TokenBatch) -> Floats:
     """What queries pay to their cells, and its square, summed: [2, head types, rows, layers, heads]."""
-    shape = (2, model.n_layers, len(batch.cells), len(batch.tokens), model.n_heads)
-    totals = torch.zeros(shape, dtype=_exact(model.device), device=model.device)
+    totals: dict[int, torch.Tensor] = {}
 
     def add(layer: int, start: int, paid: torch.Tensor) -> None:
-        totals[:, layer] += torch.stack([paid.sum(2), paid.square().sum(2)])
+        totals[layer] = totals.get(layer, 0.0) + torch.stack([paid.sum(2), paid.square().sum(2)])
 
     _read_cells(model, batch.tokens, list(batch.cells.values()), add)
-    return plain(totals.movedim(1, 3))
+    return np.stack([plain(totals[layer]) for layer in range(model.n_layers)], 3)
 
 
 def per_query(model: Model, batch: TokenBatch, *, batch_size: int) -> Floats:
@@ -103,21 +100,18 @@ def _read_cells(
     before = np.searchsorted(query[order], np.arange(tokens.shape[1] + 1))  # how many cells lie before each query
     sorted_cells = torch.from_numpy(np.stack([kind, row, query, key])[:, order]).to(model.device)
 
+    exact = torch.float32 if model.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+
     def read(layer: int, call: Call) -> None:
         for start, pattern in call.blocks():
             _, heads, length, _ = pattern.shape
             kind, row, query, key = sorted_cells[:, before[start] : before[start + length]]
-            cells = pattern[row, :, query - start, key].to(_exact(pattern.device))
+            cells = pattern[row, :, query - start, key].to(exact)
             paid = cells.new_zeros(len(kinds) * len(tokens) * length, heads)
             paid.index_add_(0, (kind * len(tokens) + row) * length + query - start, cells)
             take(layer, start, paid.view(len(kinds), len(tokens), length, heads))
 
     model.read(tokens, read)
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    """What to sum in: float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def patterns(

@@ -43,7 +43,6 @@ class Evidence:
     no_direct_path: str | None = None
 
     def __add__(self, other: Evidence) -> Evidence:
-        """The evidence of both lots of rows."""
         total = np.concatenate([self.total, other.total])
         direct = np.concatenate([self.direct, other.direct])
         repeats, controls = self.repeats + other.repeats, self.controls + other.controls
@@ -71,14 +70,9 @@ class Survey:
 
 
 def survey(
-    model: Model,
-    *,
-    seed: int,
-    batch_size: int,
-    threshold: float | None = None,
-    length: int = ROW_LENGTH,
+    model: Model, *, seed: int, batch_size: int, threshold: float | None = None, length: int = ROW_LENGTH,
     progress: Progress = silent,
-) -> Survey:
+) -> Survey:  # fmt: skip
     """Score the heads of `model` on battery rows, and add rows until every verdict's confidence reaches `SURE`.
 
     `length`: tokens of a row, or the context if that is shorter. `threshold`: one number in [0, 1] for all heads in
@@ -102,9 +96,8 @@ def gather_evidence(
     model: Model, drawn: Battery, *, batch_size: int, advance: Advance, no_direct_path: str | None = None
 ) -> Evidence:
     """The evidence of one lot of rows; `advance` is told how many rows each pass has finished."""
-    repeats, controls = (
-        score(model, rows, batch_size=batch_size, advance=advance) for rows in (drawn.repeats, drawn.controls)
-    )
+    repeats = score(model, drawn.repeats, batch_size=batch_size, advance=advance)
+    controls = score(model, drawn.controls, batch_size=batch_size, advance=advance)
     found = attribute(model, drawn.repeats.rows(0, EFFECT_ROWS), batch_size=batch_size, advance=advance)
     # No verdict needs the direct effect, so its absence stops nothing.
     direct = np.full_like(found.direct, np.nan) if no_direct_path else found.direct

@@ -50,7 +50,6 @@ class Cells:
         return Cells(inside.row - start, inside.query, inside.key)
 
     def only(self, chosen: NDArray[np.bool_]) -> Cells:
-        """Those of the cells that are `chosen`, [cells]."""
         return Cells(self.row[chosen], self.query[chosen], self.key[chosen])
 
     def queries(self) -> tuple[Ints, Ints]:
@@ -73,12 +72,11 @@ class TokenBatch:
 
     @classmethod
     def of(cls, rows: list[Ints], pad: int) -> TokenBatch:
-        """Pad `rows` (each with BOS first) with `pad` on the right and find the cells of every head type."""
+        """Pad `rows` (each with BOS first) with `pad` and find the cells of every head type."""
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         # On the right: attention is causal, so no token ever sees the padding.
         tokens = np.full((len(rows), int(lengths.max(initial=0))), pad, dtype=np.int64)
-        for padded, row in zip(tokens, rows, strict=True):
-            padded[: len(row)] = row
+        tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.concatenate(rows)
         cells = head_type_cells(tokens, lengths)
         return cls(tokens, lengths, cells | _budget_cells(cells, tokens.shape))
 
@@ -125,10 +123,7 @@ def _budget_cells(cells: dict[str, Cells], batch_shape: tuple[int, ...]) -> dict
 
 
 def _earlier_copies(tokens: Ints, lengths: Ints) -> tuple[Ints, Ints, Ints]:
-    """(row, query, key), each [pairs]: all pairs with 0 < key < query and the same token at both.
-
-    Takes time linear in the number of pairs.
-    """
+    """(row, query, key), each [pairs]: all pairs with 0 < key < query and the same token at both, in linear time."""
     row, position = np.nonzero(np.arange(1, tokens.shape[1]) < lengths[:, None])
     position += 1  # BOS is no earlier copy, even of a BOS in the text
     token = tokens[row, position]
@@ -136,21 +131,18 @@ def _earlier_copies(tokens: Ints, lengths: Ints) -> tuple[Ints, Ints, Ints]:
     order = np.lexsort((position, token, row))
     row, position, token = row[order], position[order], token[order]
     index = np.arange(len(order))
-    starts = np.diff(row, prepend=-1).astype(bool) | np.diff(token, prepend=-1).astype(bool)
+    starts = (np.diff(row, prepend=-1) != 0) | (np.diff(token, prepend=-1) != 0)
     first = np.maximum.accumulate(np.where(starts, index, 0))
     n_earlier = index - first
     # Each copy is paired with all n_earlier members of its run before it: first, first + 1, and so on.
     later = np.repeat(index, n_earlier)
-    offset = np.arange(len(later)) - np.repeat(np.cumsum(n_earlier) - n_earlier, n_earlier)
-    earlier = np.repeat(first, n_earlier) + offset
+    earlier = np.arange(len(later)) + np.repeat(first - np.cumsum(n_earlier) + n_earlier, n_earlier)
     return row[later], position[later], position[earlier]
 
 
 def continuing(batch: TokenBatch) -> NDArray[np.bool_]:
     """Which tokens, [rows, pos], induction predicts: those that follow their predecessor as an earlier copy of it did.
-
-    The first token of a second copy is not among them: nothing predicts it.
-    """
+    The first token of a second copy is not among them."""
     cells = batch.cells["prefix_matching"]
     cells = cells.only(cells.query + 1 < batch.lengths[cells.row])
     same = batch.tokens[cells.row, cells.query + 1] == batch.tokens[cells.row, cells.key]
