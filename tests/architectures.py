@@ -95,20 +95,134 @@ FURTHER: dict[str, Callable[..., Any]] = {
 }
 
 
-def save(architecture: str, folder: Path, tokenizer: Any, *, seed: int = 0) -> Path:
-    """Save a random model of `architecture` (a key of `CONFIGS` or `FURTHER`) and the tokenizer in `folder`.
+def _gpt_neo(**shared: Any) -> Any:
+    return transformers.GPTNeoConfig(
+        hidden_size=D_MODEL, num_layers=LAYERS, num_heads=HEADS, intermediate_size=64, window_size=WINDOW,
+        attention_types=[[["global", "local", "global"], 1]], max_position_embeddings=CONTEXT, **shared,
+    )  # fmt: skip
 
-    Returns the folder.
-    """
-    bos = tokenizer.bos_token_id
-    config = (CONFIGS | FURTHER)[architecture](vocab_size=len(tokenizer), bos_token_id=bos, eos_token_id=bos)
+
+def _mpt(**shared: Any) -> Any:
+    return transformers.MptConfig(
+        d_model=D_MODEL, n_heads=HEADS, n_layers=LAYERS, max_seq_len=CONTEXT, expansion_ratio=2, **shared
+    )
+
+
+def _falcon(**own: Any) -> Callable[..., Any]:
+    def build(**shared: Any) -> Any:
+        return transformers.FalconConfig(
+            hidden_size=D_MODEL, num_hidden_layers=LAYERS, num_attention_heads=HEADS, max_position_embeddings=CONTEXT,
+            **own, **shared,
+        )  # fmt: skip
+
+    return build
+
+
+def _gpt_oss(**shared: Any) -> Any:
+    return _modern(transformers.GptOssConfig)(
+        num_local_experts=2, num_experts_per_tok=1, sliding_window=WINDOW, pad_token_id=0, **shared
+    )
+
+
+def _cohere(**shared: Any) -> Any:
+    return _modern(transformers.CohereConfig)(pad_token_id=0, **shared)
+
+
+# Families with ways of their own: local windows, ALiBi, one key head for all, attention sinks.
+AT_THE_DOOR: dict[str, Callable[..., Any]] = {
+    "gptneo": _gpt_neo,
+    "mpt": _mpt,
+    "falcon-rotary": _falcon(alibi=False, multi_query=True, new_decoder_architecture=False),
+    "falcon-new": _falcon(alibi=False, num_kv_heads=KEY_HEADS, new_decoder_architecture=True),
+    "stablelm": _modern(transformers.StableLmConfig),
+    "cohere": _cohere,
+    "gpt-oss": _gpt_oss,
+}
+CAUSAL = CONFIGS | FURTHER | AT_THE_DOOR
+# transformers' own eager attention adds Falcon's ALiBi twice, its fused one once: no eager pattern is to agree with.
+ODD = {"falcon-alibi": _falcon(alibi=True, multi_query=False)}
+
+
+def build(architecture: str, vocabulary: int, *, bos: int = 0, seed: int = 0) -> Any:
+    """A random causal model of `architecture`, a key of `CAUSAL` or `ODD`, with eager attention."""
+    config = (CAUSAL | ODD)[architecture](vocab_size=vocabulary, bos_token_id=bos, eos_token_id=bos)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return _drawn(model, seed)
+
+
+def _drawn(model: Any, seed: int, size: float = 0.25) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.25 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+# Encoder and decoder: 2 and 3 layers of 4 heads in T5, 2 and 2 elsewhere.
+_SHARED = {"d_model": D_MODEL, "decoder_start_token_id": 0}
+_BART = {
+    "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": CONTEXT, **_SHARED,
+}  # fmt: skip
+_T5 = {
+    "d_kv": D_HEAD, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 3, "num_heads": HEADS,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, **_SHARED,
+}  # fmt: skip
+ENCODER_DECODER: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
+    "t5": ("T5ForConditionalGeneration", transformers.T5Config, _T5),
+    "t5-gated": (
+        "T5ForConditionalGeneration", transformers.T5Config,
+        {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "bart": ("BartForConditionalGeneration", transformers.BartConfig, {**_BART, "forced_eos_token_id": None}),
+    "marian": ("MarianMTModel", transformers.MarianConfig, {**_BART, "pad_token_id": 0}),
+}  # fmt: skip
+
+
+def build_encoder_decoder(architecture: str, vocabulary: int, *, seed: int = 0) -> Any:
+    """A random model of `architecture`, a key of `ENCODER_DECODER`, with eager attention."""
+    kind, config_type, options = ENCODER_DECODER[architecture]
+    config = config_type(vocab_size=vocabulary, **options)
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, kind)(config)
+    return _drawn(model, seed, size=0.15)  # T5 does not divide its scores: with more, rounding alone would be 1e-5
+
+
+IMAGE_TOKEN, IMAGE_GRID, PATCH = 5, (1, 8, 8), 4
+
+
+def build_qwen_vl(vocabulary: int, *, seed: int = 0) -> Any:
+    """A random Qwen2.5-VL of 2 layers in each stack; the first of its vision layers sees windows of the image alone."""
+    text = {
+        "vocab_size": vocabulary, "hidden_size": D_MODEL, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS, "max_position_embeddings": 2 * CONTEXT,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": D_MODEL, "num_heads": HEADS, "intermediate_size": 64, "out_hidden_size": D_MODEL,
+        "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16,
+        "fullatt_block_indexes": [1], "in_channels": 3,
+    }  # fmt: skip
+    special = {"image_token_id": IMAGE_TOKEN, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        kind = transformers.Qwen2_5_VLForConditionalGeneration
+        model = kind._from_config(config, attn_implementation="eager")
+    return _drawn(model, seed)
+
+
+def save(architecture: str, folder: Path, tokenizer: Any, *, seed: int = 0) -> Path:
+    """Save a random model of `architecture` (a key of `CAUSAL`) and the tokenizer in `folder`.
+
+    Returns the folder.
+    """
+    model = build(architecture, len(tokenizer), bos=tokenizer.bos_token_id, seed=seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -7,6 +7,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from jaxtyping import install_import_hook
+
+install_import_hook("common.attention.call", "beartype.beartype")  # shapes are checked in tests alone
+
 from pathlib import Path
 
 import pytest

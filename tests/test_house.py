@@ -24,11 +24,9 @@ SCRIPTS = ("induction_head_detection.py", "qk_circuit_analysis.py")
 LONGEST_CHAIN = 7
 MOST_ANY = 40
 SAME_NAME_TWICE = {  # top-level name: why two modules may both define it
+    "__getattr__": "Python asks a package for its late names by this name",
     "main": "every program has one, and it is always called by its module's name",
 }
-
-# To be removed when the rooms are finished; until then some modules still stand as they were moved in.
-unfinished = pytest.mark.xfail(strict=False, reason="switched on when the rooms are finished")
 
 
 def module_of(path: Path) -> str:
@@ -143,7 +141,6 @@ def test_common_shows_at_most_eight_entries_and_they_are_the_rooms():
     assert shown == {"__init__", *ROOMS} - {"common", "scripts"}
 
 
-@unfinished
 def test_a_room_imports_only_from_rooms_below_it():
     assert wrong_arrows(imports(), ROOMS) == []
 
@@ -152,13 +149,11 @@ def test_no_module_imports_itself_by_way_of_others():
     longest_chain(imports())
 
 
-@unfinished
 def test_chains_of_imports_are_short():
     chain = longest_chain({module: others for module, others in imports().items() if room_of(module) != "scripts"})
     assert len(chain) <= LONGEST_CHAIN, " -> ".join(chain)
 
 
-@unfinished
 def test_the_readme_names_every_module_in_its_room():
     shown = map_in_the_readme((ROOT / "README.md").read_text(encoding="utf-8"))
     modules: dict[str, set[str]] = defaultdict(set)
@@ -170,7 +165,6 @@ def test_the_readme_names_every_module_in_its_room():
     assert wrong_arrows(imports(), lowest_first) == [] or wrong_arrows(imports(), highest_first) == []
 
 
-@unfinished
 def test_one_name_means_one_thing():
     modules = defaultdict(list)
     for module, path in PATHS.items():
@@ -181,7 +175,6 @@ def test_one_name_means_one_thing():
     assert twice == {}
 
 
-@unfinished
 def test_few_types_are_left_open():
     counted = {module: uses_of_any(path.read_text(encoding="utf-8")) for module, path in PATHS.items()}
     assert sum(counted.values()) <= MOST_ANY, {module: count for module, count in counted.items() if count}
@@ -219,7 +212,6 @@ def changes_on_import(*modules: str) -> str:
     return done.stdout
 
 
-@unfinished
 def test_importing_changes_nothing():
     assert changes_on_import(*PATHS) == ""
 

@@ -11,13 +11,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from common.attention.head import Head
+from common import UserError
+from common.attention.head import Head
 
 BLOCK = 1 << 19  # numbers of a pattern that stand in memory at once, unless one query has more: fits a CPU's cache
 BLOCK_GPU = 1 << 25  # the same on a GPU, which small blocks would leave idle
@@ -51,16 +52,16 @@ class Call:
     def __init__(
         self,
         module: nn.Module,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
+        q: Float[Tensor, "batch head query d_head"],
+        k: Float[Tensor, "batch key_head key d_head"],
+        v: Float[Tensor, "batch key_head key d_head"],
+        mask: Shaped[Tensor, "#batch #head #query #key"] | None,
         *,
         scale: float | None = None,
         causal: bool | None = None,
         softcap: float | None = None,
-        bias: Tensor | None = None,
-        sinks: Tensor | None = None,
+        bias: Float[Tensor, "#batch #head #query #key"] | None = None,
+        sinks: Float[Tensor, " head"] | None = None,
     ):
         self.module = module
         self.q, self.k, self.v, self.mask = q, k, v, mask
@@ -77,38 +78,43 @@ class Call:
         return self.q.shape[1]
 
     def under(self, edits: Sequence[Edit], rows: slice) -> None:
-        """Let the edits, whose heads are of this layer, hold in the order in which they are given."""
+        """Let the edits, whose heads are of this layer, hold in the order in which they are given.
+
+        Raises UserError for a head that does not exist.
+        """
         sorted_out: dict[int, dict[str, list[Edit]]] = defaultdict(lambda: defaultdict(list))
         for edit in edits:
+            if not 0 <= edit.head.head < self.n_heads:
+                raise UserError(f"there is no head {edit.head}: the heads of its layer are 0 to {self.n_heads - 1}")
             sorted_out[edit.head.head][edit.point].append(edit)
         self._edits, self.rows = sorted_out, rows
 
     # --- one head, step by step ---
 
-    def query_of(self, head: int) -> Tensor:
-        """[batch, query, d_head]"""
+    def query_of(self, head: int) -> Float[Tensor, "batch query d_head"]:
+        """The query of one head."""
         return self._changed(head, "q", self.q[:, head])
 
-    def key_of(self, head: int) -> Tensor:
-        """[batch, key, d_head]: of one query head, though several may share it."""
+    def key_of(self, head: int) -> Float[Tensor, "batch key d_head"]:
+        """The key of one query head, though several may share it."""
         return self._changed(head, "k", self.k[:, self._shared(head)])
 
-    def value_of(self, head: int) -> Tensor:
-        """[batch, key, d_head]: of one query head, though several may share them."""
+    def value_of(self, head: int) -> Float[Tensor, "batch key d_head"]:
+        """The values of one query head, though several may share them."""
         return self._changed(head, "v", self.v[:, self._shared(head)])
 
-    def scores_of(self, head: int) -> Tensor:
-        """[batch, query, key] as softmax gets them, in float32; -inf where a query may not see."""
+    def scores_of(self, head: int) -> Float[Tensor, "batch query key"]:
+        """As softmax gets them, in float32; -inf where a query may not see."""
         made = self._scores(self.query_of(head)[:, None], self.key_of(head)[:, None], slice(head, head + 1))
         return self._changed(head, "scores", made[:, 0])
 
-    def pattern_of(self, head: int) -> Tensor:
-        """[batch, query, key], in float32; rows sum to 1, or to 0 where nothing is left to see."""
+    def pattern_of(self, head: int) -> Float[Tensor, "batch query key"]:
+        """In float32; rows sum to 1, or to 0 where nothing is left to see."""
         sink = None if self.sinks is None else self.sinks[head].reshape(1, 1, 1)
         return self._changed(head, "pattern", _softmax(self.scores_of(head), sink))
 
-    def output_of(self, head: int) -> Tensor:
-        """[batch, query, d_head]: what the head hands to the output projection."""
+    def output_of(self, head: int) -> Float[Tensor, "batch query d_head"]:
+        """What the head hands to the output projection."""
         if self._edits.get(head, {}).keys() <= {"z"}:  # nothing before the output is edited: it is the fused one
             return self._changed(head, "z", self._fused[:, :, head])
         value = self.value_of(head)
@@ -124,27 +130,27 @@ class Call:
 
     # --- all heads ---
 
-    def keys(self) -> Tensor:
-        """[batch, head, key, d_head]: `key_of` every query head."""
+    def keys(self) -> Float[Tensor, "batch {self.n_heads} key d_head"]:
+        """`key_of` every query head."""
         return torch.stack([self.key_of(head) for head in range(self.n_heads)], 1)
 
-    def queries(self) -> Tensor:
-        """[batch, head, query, d_head]: `query_of` every head."""
+    def queries(self) -> Float[Tensor, "batch {self.n_heads} query d_head"]:
+        """`query_of` every head."""
         return torch.stack([self.query_of(head) for head in range(self.n_heads)], 1)
 
-    def values(self) -> Tensor:
-        """[batch, head, key, d_head]: `value_of` every query head."""
+    def values(self) -> Float[Tensor, "batch {self.n_heads} key d_head"]:
+        """`value_of` every query head."""
         return torch.stack([self.value_of(head) for head in range(self.n_heads)], 1)
 
-    def pattern(self) -> Tensor:
-        """[batch, head, query, key] in float32."""
+    def pattern(self) -> Float[Tensor, "batch {self.n_heads} query key"]:
+        """The patterns of all heads, in float32."""
         return torch.cat([nn.functional.pad(block, (0, self._behind(block))) for _, block in self.blocks()], 2)
 
     def _behind(self, block: Tensor) -> int:
         return self.k.shape[2] - block.shape[-1]
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the pattern some queries at a time: the first query, and [batch, head, queries, keys] in float32.
+    def blocks(self) -> Iterator[tuple[int, Float[Tensor, "batch head queries keys"]]]:
+        """Yield the pattern some queries at a time, in float32, with the first of these queries.
 
         Keys reach from 0 to the last key that a query of the block may see.
         """
@@ -167,9 +173,11 @@ class Call:
         """The pattern of all heads from their scores [batch, head, queries, keys]."""
         return _softmax(scores, None if self.sinks is None else self.sinks.reshape(1, -1, 1, 1))
 
-    def due_to(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """[batch, query, head, d_head]: the output of all heads less their output without the cells (`row`, `query`,
-        `key`) [n] each, where attention to those is knocked out and the rest renormalised. Edits are not regarded.
+    def due_to(
+        self, row: Int[Tensor, " n"], query: Int[Tensor, " n"], key: Int[Tensor, " n"]
+    ) -> Float[Tensor, "batch length {self.n_heads} d_head"]:
+        """The output of all heads less their output without the cells (`row`, `query`, `key`), where attention to
+        those is knocked out and the rest renormalised. Edits are not regarded.
 
         The pattern without the cells is the softmax of the other scores, not the pattern less the cells over what is
         left: that is 0/0 in float32 where nearly all attention is on the cells.
@@ -202,8 +210,8 @@ class Call:
         return scores
 
     @cached_property
-    def output(self) -> Tensor:
-        """[batch, query, head, d_head] of all heads, edited ones step by step, the others fused."""
+    def output(self) -> Float[Tensor, "batch query {self.n_heads} d_head"]:
+        """The outputs of all heads, edited ones step by step, the others fused."""
         if not self._edits:
             return self._fused
         made = self._fused.clone()

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -66,9 +66,10 @@ class _Visit:
 _VISIT: ContextVar[_Visit | None] = ContextVar("visit", default=None)
 
 
-def attend(call: Call) -> Tensor:
-    """[batch, query, head, d_head]: what a layer's attention gives, in the run under way or outside of any."""
-    visit = _VISIT.get()
+def answer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
+    """[batch, query, head, d_head]: what a layer's attention gives, in the run under way or outside of any. The
+    arguments are those of a `Call`."""
+    visit, call = _VISIT.get(), Call(module, q, k, v, mask, **given)
     return call.output if visit is None else visit.attend(call)
 
 
@@ -89,9 +90,8 @@ def _attention(
     """Attention as transformers calls it; returns [batch, query, head, d_head] and no weights."""
     if options.get("dropout"):
         raise UserError("attention was called in training mode: dropout would make every run another one")
-    given = {"scale": scaling, "causal": is_causal, "softcap": softcap}
-    call = Call(module, query, key, value, attention_mask, **given, bias=position_bias, sinks=s_aux)  # type: ignore[arg-type]
-    return attend(call), None
+    given = {"scale": scaling, "causal": is_causal, "softcap": softcap, "bias": position_bias, "sinks": s_aux}
+    return answer(module, query, key, value, attention_mask, **given), None
 
 
 class Door:
@@ -106,15 +106,22 @@ class Door:
         shared = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
         self.network = copy.deepcopy(network, shared).eval()
         self._names = {module: name for name, module in self.network.named_modules()}
+        if not lead_to(self.network, answer):
+            self._exchange(type(network).__name__)
         self._two_stacks = bool(getattr(self.network.config, "is_encoder_decoder", False))
-        if not lead_to(self.network, attend):
-            try:
-                self.network.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
-            except (ValueError, AttributeError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"the attention of {type(network).__name__} cannot be read or edited: transformers does not let it "
-                    f"be exchanged ({error})"
-                ) from None
+
+    def _exchange(self, name: str) -> None:
+        reason = "it computes attention inside its own modules"
+        try:
+            self.network.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
+            reason = str(error)
+        # transformers only logs a warning for families such as XLNet, and goes on with their own attention.
+        if getattr(getattr(self.network, "config", None), "_attn_implementation", None) != IMPLEMENTATION:
+            raise UserError(
+                f"the attention of {name} cannot be read or edited: transformers does not let it be exchanged "
+                f"({reason})"
+            )
 
     def place_of(self, module: nn.Module) -> Place:
         """Where an attention module stands, by its name, such as `decoder.block.3.layer.1.EncDecAttention`."""

@@ -30,13 +30,13 @@ from torch import Tensor
 
 from common import UserError
 from common.attention.batches import Advance, in_batches
-from common.attention.call import Call
 from common.attention.head import ONLY_STACK, Place
 from common.heads.statistics import Floats, Ints, mean_per_row
 from common.heads.tokens import TokenBatch, continuing
 from common.loading.families import plain, unembedding_weights
 
 if TYPE_CHECKING:
+    from common.attention.call import Call
     from common.loading.model import Model
 
 Kept = dict[int, Tensor]  # by layer, [batch, query, head, d_head]

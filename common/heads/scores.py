@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from common.attention.batches import Advance, in_batches
-from common.attention.call import Call
 from common.heads.statistics import Floats, Ints, RowSums
 from common.heads.tokens import BUDGET, Cells, TokenBatch
 from common.loading.families import plain
 
 if TYPE_CHECKING:
+    from common.attention.call import Call
     from common.loading.model import Model
 
 

@@ -130,8 +130,39 @@ def known_effects(earlier: object, settings: Mapping[str, object]) -> list[Effec
     effects = earlier.get("effects")
     if not isinstance(effects, list) or not all(isinstance(one, dict) for one in effects):
         return []
-    complete = Effect.__required_keys__
-    return [cast(Effect, one) for one in effects if complete <= one.keys() and isinstance(one["heads"], list)]
+    return [cast(Effect, one) for one in effects if _is_effect(one)]
+
+
+def _is_effect(one: dict[str, object]) -> bool:
+    """Whether a dict out of a file has the form of `Effect`: names and tables are made of it."""
+    if not Effect.__required_keys__ <= one.keys():
+        return False
+    words = one["name"], one["metric"], one.get("sender", ""), one["note"] or ""  # paths have a sender too
+    numbers = one["clean"], one["rows"]
+    return (
+        all(isinstance(word, str) for word in words)
+        and all(isinstance(number, int | float | None) for number in numbers)  # NaN is saved as null
+        and _is_estimate(one)
+        and _are_strings(one["heads"])
+        and (one["control"] is None or _is_control(one["control"]))
+    )
+
+
+def _is_control(one: object) -> bool:
+    if not isinstance(one, dict) or not isinstance(one.get("heads"), list):
+        return False
+    return _is_estimate(one) and all(_are_strings(heads) for heads in one["heads"])
+
+
+def _is_estimate(one: dict[str, object]) -> bool:
+    interval = one.get("interval")
+    if not isinstance(interval, list | tuple) or len(interval) != 2:
+        return False
+    return all(isinstance(number, int | float | None) for number in (one.get("effect"), *interval))
+
+
+def _are_strings(heads: object) -> bool:
+    return isinstance(heads, list) and all(isinstance(head, str) for head in heads)
 
 
 def _label(kind: str, heads: Sequence[str]) -> str:

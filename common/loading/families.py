@@ -8,86 +8,21 @@ runs; the weights per head come from the bridge, which splits joint projections 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-Floats = NDArray[np.float64]
+if TYPE_CHECKING:  # TransformerLens takes seconds to import
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge, BlockBridge, NormalizationBridge
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-
-# --- what is used of TransformerLens ---
-
-
-class _Component(Protocol):
-    """An entry of an adapter's map: the name of the Hugging Face module, and what lies inside it."""
-
-    name: str | None
-    submodules: Mapping[str, _Component]
-
-
-class _Adapter(Protocol):
-    component_mapping: Mapping[str, _Component]
-
-
-class _Sizes(Protocol):
-    n_layers: int
-    n_heads: int
-    n_ctx: int
-    d_model: int
-    d_vocab: int
-
-
-class HeadWeights(Protocol):
-    """The weights of a layer's heads as the bridge gives them; key heads are fewer where several query heads share one.
-
-    `W_Q` [head, d_model, d_head], `W_K`, `W_V` [key head, d_model, d_head], `W_O` [head, d_head, d_model]; biases
-    [head, d_head] and `b_O` [d_model], or None.
-    """
-
-    W_Q: Tensor
-    W_K: Tensor
-    W_V: Tensor
-    W_O: Tensor
-    b_Q: Tensor | None
-    b_K: Tensor | None
-    b_V: Tensor | None
-    b_O: Tensor | None
-
-
-class _NormSettings(Protocol):
-    eps: float
-
-
-class _BridgedNorm(Protocol):
-    original_component: nn.Module
-    config: _NormSettings
-    uses_weight_offset: bool
-    uses_rms_norm: bool
-
-
-class _BridgedBlock(Protocol):
-    attn: HeadWeights
-    ln1: _BridgedNorm
-    ln1_post: _BridgedNorm
-
-
-class Bridge(Protocol):
-    """A TransformerBridge, as far as it is used here."""
-
-    cfg: _Sizes
-    adapter: _Adapter
-    blocks: Sequence[_BridgedBlock]
-    ln_final: _BridgedNorm
-    original_model: nn.Module
-    hook_dict: Mapping[str, object]
-
-    def hooks(self, fwd_hooks: Sequence[tuple[str, Callable[..., None]]]) -> AbstractContextManager[object]: ...
+Doubles = NDArray[np.float64]
 
 
 # --- norms ---
@@ -100,13 +35,13 @@ class Norm:
     `gain`, `offset`: [d_model], or [1] where the norm has none; `centred`: whether it takes the mean off first.
     """
 
-    gain: Floats
-    offset: Floats
+    gain: Doubles
+    offset: Doubles
     centred: bool
     eps: float
 
     @classmethod
-    def of(cls, norm: _BridgedNorm) -> Norm:
+    def of(cls, norm: NormalizationBridge) -> Norm:
         """From a normalization of the bridge."""
         module = norm.original_component
         weight, bias = (getattr(module, part, None) for part in ("weight", "bias"))
@@ -116,21 +51,21 @@ class Norm:
         eps = getattr(module, "eps", getattr(module, "variance_epsilon", norm.config.eps))
         return cls(gain, offset, not norm.uses_rms_norm, float(eps))
 
-    def centre(self, x: Floats) -> Floats:
+    def centre(self, x: Doubles) -> Doubles:
         """x less its mean where the norm takes it off, [..., d_model]."""
         return x - x.mean(-1, keepdims=True) if self.centred else x
 
-    def scale(self, x: Floats) -> Floats:
+    def scale(self, x: Doubles) -> Doubles:
         """[..., 1]: what the norm divides x [..., d_model] by."""
         return np.sqrt((self.centre(x) ** 2).mean(-1, keepdims=True) + self.eps)
 
-    def linear(self, x: Floats) -> Floats:
+    def linear(self, x: Doubles) -> Doubles:
         """The part of the norm that is linear in x, before its division, [..., d_model]."""
         return self.centre(x) * self.gain
 
 
 class _Unchanged(Norm):
-    def scale(self, x: Floats) -> Floats:
+    def scale(self, x: Doubles) -> Doubles:
         return np.ones(1)
 
 
@@ -138,7 +73,7 @@ class _Unchanged(Norm):
 UNCHANGED = _Unchanged(np.ones(1), np.zeros(1), centred=False, eps=0.0)
 
 
-def plain(value: Tensor) -> Floats:
+def plain(value: Tensor) -> Doubles:
     """A tensor as a float64 array on the CPU."""
     return value.detach().cpu().double().numpy()
 
@@ -164,10 +99,13 @@ class Layer:
     mlp: nn.Module | None
     mlp_out: nn.Module | None
     sequential: bool
-    bridged: _BridgedBlock
+    bridged: BlockBridge
 
     @property
-    def weights(self) -> HeadWeights:
+    def weights(self) -> AttentionBridge:
+        """The weights of the heads: `W_Q` [head, d_model, d_head], `W_K`, `W_V` [key head, d_model, d_head], of which
+        there are fewer where query heads share them, `W_O` [head, d_head, d_model]; biases `b_Q`, `b_K`, `b_V`
+        [head, d_head] and `b_O` [d_model], or None."""
         return self.bridged.attn
 
     @property
@@ -216,7 +154,7 @@ class Parts:
     unembedding: nn.Module
 
 
-def parts_of(bridge: Bridge, network: nn.Module) -> Parts:
+def parts_of(bridge: TransformerBridge, network: nn.Module) -> Parts:
     """The parts of the door's `network`, which has the modules of the model that the bridge wraps.
 
     Raises AttributeError or KeyError where the adapter's names are not those of the network.
@@ -228,12 +166,13 @@ def parts_of(bridge: Bridge, network: nn.Module) -> Parts:
         return network.get_submodule(known.name) if known and known.name else None
 
     blocks = network.get_submodule(str(names["blocks"].name))
-    layers = tuple(_layers(bridge, names["blocks"].submodules, cast(Sequence[nn.Module], blocks)))
+    layers = tuple(_layers(bridge, cast(Sequence[nn.Module], blocks)))
     final = cast(nn.Module, named("ln_final"))
     return Parts(layers, named("pos_embed"), final, Norm.of(bridge.ln_final), _unembedding(network))
 
 
-def _layers(bridge: Bridge, names: Mapping[str, _Component], blocks: Sequence[nn.Module]) -> Iterator[Layer]:
+def _layers(bridge: TransformerBridge, blocks: Sequence[nn.Module]) -> Iterator[Layer]:
+    names: Mapping[str, GeneralizedComponent] = bridge.adapter.component_mapping["blocks"].submodules
     attention_names = names["attn"]
     for number, block in enumerate(blocks):
 

@@ -40,7 +40,7 @@ def find_folder(name: str, say: Callable[[str], None]) -> tuple[Path, str, str]:
         )
     if name.startswith(("/", "./", "../", "~")):
         raise UserError(f"there is no folder {name}: give a folder in Hugging Face format, or use --model mini")
-    return _named(name)
+    return _from_hub(name)
 
 
 def _shown(name: str) -> str:
@@ -51,7 +51,7 @@ def _shown(name: str) -> str:
 def _auto() -> tuple[Path, str, str]:
     """GPT-2 small where it can be had within `PATIENCE` seconds, else `mini`, with the reason."""
     try:
-        folder, shown, source = _named(GPT2)
+        folder, shown, source = _from_hub(GPT2)
         return folder, shown, f"{source}, chosen by --model auto"
     except UserError:
         return (
@@ -68,7 +68,7 @@ class _Patterns(TypedDict):
     ignore_patterns: list[str]
 
 
-def _named(name: str) -> tuple[Path, str, str]:
+def _from_hub(name: str) -> tuple[Path, str, str]:
     """A model of the hub: from the local cache where it is whole, else downloaded; UserError where neither works."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

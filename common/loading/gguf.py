@@ -73,7 +73,7 @@ def _convert(path: Path, kept: Path, digest: str) -> Path:
     kept.parent.mkdir(parents=True, exist_ok=True)
     staging = kept.parent / f".{kept.name}.{secrets.token_hex(4)}"
     try:
-        model, tokenizer = _read(path)
+        model, tokenizer = _read_gguf(path)
         staging.mkdir()
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -85,7 +85,7 @@ def _convert(path: Path, kept: Path, digest: str) -> Path:
     return kept
 
 
-def _read(path: Path) -> tuple[Any, Any]:
+def _read_gguf(path: Path) -> tuple[Any, Any]:
     """Weights in float32 and tokenizer of a GGUF file; UserError where transformers cannot read it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,12 +25,13 @@ from common.attention.door import Door
 from common.loading import gguf
 from common.loading.check import checked
 from common.loading.escapes import first_line
-from common.loading.families import Bridge, parts_of
+from common.loading.families import parts_of
 from common.loading.find import find_folder, has_weights
-from common.loading.model import Model, Tokenizer
+from common.loading.model import Model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load(
@@ -99,7 +100,9 @@ def _check_device(device: str) -> None:
         ) from None
 
 
-def _read(folder: Path, shown: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, Tokenizer]:
+def _read(
+    folder: Path, shown: str, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Weights and tokenizer from a local folder; UserError with the reason where they do not load."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -120,17 +123,16 @@ def _read(folder: Path, shown: str, dtype: torch.dtype, trust_remote_code: bool)
     return network, tokenizer
 
 
-def _wrap(folder: Path, shown: str, network: PreTrainedModel, tokenizer: Tokenizer) -> Bridge:
+def _wrap(folder: Path, shown: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
     from transformer_lens.model_bridge import TransformerBridge
 
     try:  # named by its folder: a name that is an old alias of another model would bring a warning
-        bridge = TransformerBridge.boot_transformers(str(folder), hf_model=network, tokenizer=tokenizer)
+        return TransformerBridge.boot_transformers(str(folder), hf_model=network, tokenizer=tokenizer)
     except Exception as error:
         raise UserError(f"TransformerLens cannot wrap '{shown}': {first_line(error)}") from error
-    return cast(Bridge, bridge)
 
 
-def _bos(tokenizer: Tokenizer) -> int:
+def _bos(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that starts every row: BOS, else EOS as TransformerLens does, else 0."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:

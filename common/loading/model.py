@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +18,11 @@ from common.attention.call import Call, Edit
 from common.attention.door import Door, Reader
 from common.attention.head import ONLY_STACK, Place
 from common.loading.escapes import escaped
-from common.loading.families import Bridge, Parts, dtype_of
+from common.loading.families import Parts, dtype_of
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedTokenizerBase
 
 TokenIds = NDArray[np.int64]
 Point = tuple[int, str]  # a layer, and one of the places below where its activations can be read
@@ -34,19 +38,6 @@ STREAM_POINTS = {
 }
 
 
-class Tokenizer(Protocol):
-    """A tokenizer of transformers', as far as it is used here."""
-
-    bos_token_id: int | None
-    eos_token_id: int | None
-    all_special_ids: Sequence[int]
-
-    def __call__(self, text: str, **options: bool) -> Mapping[str, Sequence[int]]: ...
-    def __len__(self) -> int: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def save_pretrained(self, folder: Path) -> object: ...
-
-
 @dataclass(frozen=True, repr=False)
 class Model:
     """A loaded model. `name` is what results call it, `source` where it came from, `fingerprint` a hash of its weights
@@ -57,8 +48,8 @@ class Model:
 
     door: Door
     parts: Parts
-    bridge: Bridge
-    tokenizer: Tokenizer
+    bridge: TransformerBridge
+    tokenizer: PreTrainedTokenizerBase
     name: str
     source: str
     fingerprint: str
@@ -140,7 +131,7 @@ class Model:
         `rows`: which rows of those that the edits were made for these are. `start`: a layer and the stream
         [rows, pos, d_model] that enters it; the layers below are not run.
         """
-        self._allow(edits)
+        self._allow(edits, start)
         places = None if at is None else (self._ids(at[0]), self._ids(at[1]))
         with torch.no_grad():
             found = self.door.run(
@@ -163,7 +154,7 @@ class Model:
 
         The run is left in the last of them: what follows (its output, the unembedding) is not needed.
         """
-        self._allow(edits)
+        self._allow(edits, start)
         wanted = range(self.n_layers) if layers is None else layers
         readers = {Place(ONLY_STACK, layer): partial(reader, layer) for layer in wanted}
         below = [edit for edit in edits if edit.head.layer <= max(wanted)]  # the others would never be reached
@@ -187,7 +178,7 @@ class Model:
         d_head], keys and values given to every query head that shares them; `pattern`, `scores` [rows, head, query,
         key]. `taps`: as `Door.run` takes them. Raises UserError for a point that the architecture does not have.
         """
-        self._allow(edits)
+        self._allow(edits, start)
         found: dict[Point, Tensor] = {}
         readers: dict[Place, Reader] = {}
         watched = list(taps)
@@ -226,9 +217,12 @@ class Model:
     def _start(self, start: tuple[int, Tensor] | None) -> tuple[Sequence[nn.Module], Tensor] | None:
         return None if start is None else ([layer.block for layer in self.parts.layers[: start[0] + 1]], start[1])
 
-    def _allow(self, edits: Sequence[Edit]) -> None:
+    def _allow(self, edits: Sequence[Edit], start: tuple[int, Tensor] | None) -> None:
+        """Raise UserError for edits that this model does not allow, or in layers that a run does not pass through."""
         if edits and "edits" in self.refused:
             raise UserError(self.refused["edits"])
+        if start and (below := [edit.head for edit in edits if edit.head.layer < start[0]]):
+            raise UserError(f"an edit of {below[0]} changes nothing in a run that starts at layer {start[0]}")
 
     def _inputs(self, tokens: TokenIds) -> dict[str, Tensor]:
         return {"input_ids": self._ids(tokens)}

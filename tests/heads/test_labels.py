@@ -1,4 +1,4 @@
-"""Labels: files a user may get wrong, the published table, and causal labels that construction confirms."""
+"""Labels: files a user may get wrong, the published table, and which of them is chosen."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from common import UserError
 from common.attention.head import Head
 from common.heads import labels
 from common.heads.labels import Labels
-from common.interventions import causal_labels
-from common.interventions.causal_labels import LEAST, CausalEffects
 
 
 def test_labels_are_read(tmp_path):
@@ -77,31 +74,3 @@ def test_the_published_table_is_for_gpt2_small_alone(random_gpt2):
 def test_the_models_own_labels_come_first_and_none_means_none(mini):
     assert labels.choose_labels(None, mini, never) == labels.read_labels(mini.labels_file, mini.n_layers, mini.n_heads)
     assert labels.choose_labels("none", mini, never) is None
-
-
-def test_the_rule_needs_size_and_certainty():
-    sure = np.full((16, 1, 1), 1.2 * LEAST)
-    small = np.full((16, 1, 1), 0.8 * LEAST)
-    unsure = np.where(np.arange(16) % 8, -0.1, 2.0)[:, None, None] + LEAST
-    nothing = np.zeros((16, 1, 1))
-    assert unsure.mean() >= LEAST
-    for needed, expected in ((sure, True), (small, False), (unsure, False), (nothing, False)):
-        assert bool(CausalEffects(needed, nothing, "x").labels().heads) == expected
-        assert bool(CausalEffects(nothing, needed, "x").labels().heads) == expected
-    assert CausalEffects(-sure, nothing, "x").heads(-1) == [Head.at(0, 0)]
-    assert CausalEffects(sure, -sure, "x").heads(-1) == [], "needed for the loss: not suppression"
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_causal_labels_are_what_was_built(hand_built, seed):
-    built, model = hand_built(seed)
-    effects = causal_labels.measure_causal_effects(model)
-    assert {head.place for head in effects.labels().heads} == set(built.heads("induction"))
-    assert {head.place for head in effects.heads(-1)} == set(built.heads("suppression"))
-
-
-def test_shipped_labels_are_those_that_are_measured(mini):
-    shipped = json.loads(mini.labels_file.read_text())
-    measured = causal_labels.measure_causal_effects(mini).as_json()
-    assert shipped["induction_heads"] == measured["induction_heads"]
-    assert shipped["source"].startswith(measured["source"])

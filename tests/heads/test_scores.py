@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -117,6 +115,8 @@ def test_a_row_without_repeats_has_no_prefix_matching_score(random_gpt2):
 def test_no_hook_is_left_behind(random_gpt2):
     drawn = battery(random_gpt2.ordinary(), random_gpt2.bos, rows=2, length=16, seed=0)
     scores.score(random_gpt2, drawn.repeats, batch_size=2)
+    modules = random_gpt2.door.network.named_modules()
+    assert [name for name, module in modules if module._forward_hooks or module._forward_pre_hooks] == []
     assert not any(point.fwd_hooks for point in random_gpt2.bridge.hook_dict.values())
 
 
@@ -124,36 +124,37 @@ def test_logits_are_never_computed(random_gpt2, batch):
     def refuse(*args):
         raise AssertionError("the unembedding ran")
 
-    watch = random_gpt2.bridge.original_model.lm_head.register_forward_pre_hook(refuse)
+    watch = random_gpt2.door.network.lm_head.register_forward_pre_hook(refuse)
     try:
         scores.score(random_gpt2, batch, batch_size=3)
         with pytest.raises(AssertionError, match="unembedding"):
-            random_gpt2.bridge.original_model(torch.tensor(batch.tokens))
+            random_gpt2.logits(batch.tokens)
     finally:
         watch.remove()
 
 
 class FakeModel:
-    """A model of one layer whose heads' patterns are given: the traps need exact heads."""
+    """A model of one layer whose heads' patterns are given, in blocks of two queries: the traps need exact heads."""
 
     n_layers = 1
-    trunk = None
     device = torch.device("cpu")
 
     def __init__(self, pattern: np.ndarray):
-        self.pattern = torch.from_numpy(pattern)
+        self.pattern = torch.from_numpy(pattern)[None]
         self.n_heads = pattern.shape[0]
 
     def read(self, tokens: np.ndarray, reader) -> None:
-        """Show the pattern in blocks of three queries."""
-        blocks = [(start, self.pattern[None, :, start : start + 3]) for start in range(0, tokens.shape[1], 3)]
-        reader(0, SimpleNamespace(blocks=lambda: blocks))
+        assert self.pattern.shape[2] == tokens.shape[1]
+        reader(0, self)
+
+    def blocks(self):
+        for start in range(0, self.pattern.shape[2], 2):
+            yield start, self.pattern[:, :, start : start + 2]
 
 
 def fake_scores(heads: np.ndarray, row: list[int]) -> scores.HeadScores:
     """Scores of heads with the patterns `heads`, [head, query, key], on BOS and `row`."""
-    batch = TokenBatch.of([np.array([0, *row])], pad=0)
-    return scores.score(FakeModel(heads), batch, batch_size=1)
+    return scores.score(FakeModel(heads), TokenBatch.of([np.array([0, *row])], pad=0), batch_size=1)
 
 
 def looking_at(keys: list[int]) -> np.ndarray:

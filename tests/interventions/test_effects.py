@@ -4,20 +4,28 @@ bundled model does when its induction heads are gone."""
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from common.interventions.bench import Bench, Reads
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.attention.head import Head
 from common.heads import detection, scores
 from common.heads.tokens import TokenBatch, battery, continuing
-from common.interventions import effects, interventions
-from common.interventions.edits import Recordings, applied
-from common.results import files
-from tests.oracle import Oracle, assert_no_hooks, bridge_logits
+from common.interventions import effects
+from common.interventions.edits import Recordings, knockout, mean, pattern_from, position_classes, uniform, zero
+from common.interventions.paths import path, paths_into
+from common.interventions.runner import Predictions, Runner
+from tests.oracle import Changes, of, traces
+
+
+def masked_means(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Mean of [rows, pos] values per row where the mask holds, by hand; NaN where it holds nowhere."""
+    chosen = [row[places] for row, places in zip(values, mask, strict=True)]
+    return np.array([row.mean() if len(row) else np.nan for row in chosen])
 
 
 def test_repeats_are_the_tokens_an_earlier_copy_predicts():
@@ -36,48 +44,59 @@ def test_padding_is_neither_fresh_nor_a_repeat():
     assert effects.fresh(batch).sum(1).tolist() == [3, 7]
 
 
-def test_losses_are_those_of_transformers_alone(random_gpt2, random_gpt2_folder, drawn):
-    tokens = drawn.repeats.tokens
-    log_probs = torch.log_softmax(Oracle(random_gpt2_folder).logits(tokens).double(), -1).numpy()
-    measured = effects.losses(random_gpt2, drawn.repeats, batch_size=2)
+@pytest.mark.parametrize("how", ["clean", "zero", "pattern"])
+def test_losses_are_those_of_transformers_alone(random_gpt2, oracles, drawn, how):
+    """Two rows at a time; the pattern put in place is another one in every row."""
+    tokens, heads = drawn.repeats.tokens, [Head.at(1, 2)]
+    seen = oracles["gpt2"].record(drawn.controls.tokens)
+    changes = {
+        "clean": Changes(),
+        "zero": Changes(z=of(heads, lambda layer, head, row, z: 0 * z)),
+        "pattern": Changes(pattern=of(heads, lambda layer, head, row, p: seen["pattern", layer, head, row])),
+    }[how]
+    others = Recordings(random_gpt2, drawn.controls.tokens)
+    intervention = {"clean": None, "zero": zero(heads), "pattern": pattern_from(heads, others)}[how]
+    log_probs = oracles["gpt2"].logits(tokens, changes).log_softmax(-1).numpy()
+    measured = effects.losses(random_gpt2, drawn.repeats, intervention, batch_size=2)
     assert np.isnan(measured[:, 0]).all()
-    for row in range(len(tokens)):
-        for position in range(1, tokens.shape[1]):
-            expected = -log_probs[row, position - 1, tokens[row, position]]
-            assert measured[row, position] == pytest.approx(expected, abs=1e-4)
+    for row, position in np.ndindex(3, tokens.shape[1] - 1):
+        expected = -log_probs[row, position, tokens[row, position + 1]]
+        assert measured[row, position + 1] == pytest.approx(expected, abs=1e-4)
 
 
-def test_row_means_skip_what_is_not_asked_for():
-    values = np.array([[np.nan, 1.0, 3.0], [np.nan, 5.0, 7.0]])
-    mask = np.array([[False, True, True], [False, False, False]])
-    assert effects.row_means(values, mask) == pytest.approx([2.0, np.nan], nan_ok=True)
+# --- intervals ---
 
 
 def test_the_interval_holds_the_true_mean_about_95_times_in_100():
     rng = np.random.default_rng(0)
     held = 0
     for trial in range(200):
-        _, low, high = effects.interval(rng.normal(1.0, 2.0, size=40), seed=trial)
+        _, (low, high) = effects.with_interval(rng.normal(1.0, 2.0, size=40), seed=trial)
         held += low <= 1.0 <= high
     assert 180 <= held <= 198
 
 
 def test_the_interval_is_seeded_and_leaves_out_rows_without_a_value():
     values = np.array([1.0, 2.0, np.nan, 4.0])
-    assert effects.interval(values, seed=3) == effects.interval(values[[0, 1, 3]], seed=3)
-    assert effects.interval(values)[0] == pytest.approx(7 / 3)
-    assert np.isnan(effects.interval(np.array([np.nan]))).all()
+    assert effects.with_interval(values, seed=3) == effects.with_interval(values[[0, 1, 3]], seed=3)
+    many = np.random.default_rng(0).normal(size=40)
+    assert effects.with_interval(many, seed=3) != effects.with_interval(many, seed=4)
+    assert effects.with_interval(values)[0] == pytest.approx(7 / 3)
+    estimate, ends = effects.with_interval(np.array([np.nan]))
+    assert np.isnan([estimate, *ends]).all()
 
 
-def test_row_metrics_by_hand(random_gpt2, drawn):
-    """Read by read from whole logits; a row without a repeat has nothing at repeats."""
+# --- per row ---
+
+
+def test_row_metrics_by_hand(random_gpt2, oracles, drawn):
+    """Prediction by prediction from the reference's logits; a row without a repeat has nothing at repeats."""
     rows = [*drawn.repeats.tokens[:2], np.concatenate([[random_gpt2.bos], np.arange(20, 33)])]
-    batch = TokenBatch.of(rows, pad=0)
-    ablation = interventions.zero([(1, 0)])
-    found = effects.RowMetrics(random_gpt2, batch, batch_size=2).of(ablation)
-    with applied(random_gpt2, ablation):
-        changed = bridge_logits(random_gpt2, batch.tokens).double()
-    clean = bridge_logits(random_gpt2, batch.tokens).double()
+    batch, heads = TokenBatch.of(rows, pad=0), [Head.at(1, 0)]
+    metrics = effects.RowMetrics(random_gpt2, batch, batch_size=2)
+    found = metrics.of(zero(heads))
+    changed = oracles["gpt2"].logits(batch.tokens, Changes(z=of(heads, lambda layer, head, row, z: 0 * z)))
+    clean = oracles["gpt2"].logits(batch.tokens)
     repeated, fresh = continuing(batch), effects.fresh(batch)
     for row in range(3):
         at = {"repeats": np.flatnonzero(repeated[row]), "fresh": np.flatnonzero(fresh[row])}
@@ -98,69 +117,155 @@ def test_row_metrics_by_hand(random_gpt2, drawn):
             "kl_at_repeats": np.mean(kls) if kls else np.nan,
         }
         assert {name: values[row] for name, values in found.items()} == pytest.approx(expected, abs=1e-4, nan_ok=True)
+    alone = metrics.losses(zero(heads))
+    assert tuple(alone) == effects.METRICS
+    assert all(np.array_equal(alone[name], found[name], equal_nan=True) for name in alone)
 
 
-@pytest.mark.parametrize("intervene", [None, interventions.uniform], ids=["clean", "uniform below"])
-def test_a_heads_own_prefix_matching_is_the_score_of_it(random_gpt2, drawn, intervene):
-    intervention = intervene([(0, 1), (0, 2)]) if intervene else None
-    cells = drawn.repeats.cells["prefix_matching"]
-    with applied(random_gpt2, intervention), torch.no_grad():
-        cache = random_gpt2.bridge.run_with_cache(torch.from_numpy(drawn.repeats.tokens))[1]
-    for layer, head in ((0, 1), (2, 3)):
-        pattern = cache[f"blocks.{layer}.attn.hook_pattern"][:, head]
-        own = effects.prefix_matching(random_gpt2, drawn.repeats, (layer, head), intervention, batch_size=2)
-        for row in range(3):
+@pytest.mark.parametrize("below", [False, True], ids=["clean", "uniform below"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_heads_own_prefix_matching_is_the_score_of_it(loaded, oracles, name, below):
+    """Rows that say a thing twice, three times, and never: one query may have several targets, or none."""
+    thrice, never = np.array([0, *[5, 6, 7] * 4]), np.arange(13)
+    twice = np.array([0, 9, 8, 7, 6, 5, 4, 9, 8, 7, 6, 5, 4])
+    batch = TokenBatch.of([twice, thrice, never], pad=0)
+    edited, cells = [Head.at(0, 1), Head.at(0, 2)], batch.cells["prefix_matching"]
+    flat = of(edited, lambda layer, head, row, p: p.tril().sign() / (torch.arange(len(p))[:, None] + 1))
+    changes = Changes(pattern=flat) if below else Changes()
+    oracles[name].logits(batch.tokens, changes)
+    metrics = effects.RowMetrics(loaded[name], batch, batch_size=2)
+    for head in (Head.at(0, 1), Head.at(2, 3)):
+        own = metrics.prefix_matching(head, uniform(edited) if below else None)
+        for row in range(2):
+            pattern = changes.seen["pattern", head.layer, head.head, row]
             at = [(query, key) for r, query, key in zip(cells.row, cells.query, cells.key, strict=True) if r == row]
-            paid = sum(pattern[row, query, key].item() for query, key in at)
-            assert own[row] == pytest.approx(paid / len({query for query, _ in at}), abs=1e-6)
+            paid = sum(pattern[query, key].item() for query, key in at)
+            assert own[row] == pytest.approx(paid / len({query for query, _ in at}), abs=1e-5)
+        assert np.isnan(own[2])
 
 
-def test_needed_is_the_rise_of_the_loss_when_a_heads_cells_are_forbidden(random_gpt2, drawn):
-    batch, heads = drawn.repeats, [(2, 0), (0, 1)]
-    bench = Bench(random_gpt2, batch.tokens, Reads.of(batch.tokens, continuing(batch)), batch_size=2)
-    found = dict(effects.needed(bench, batch, heads))
+def test_needed_is_the_rise_of_the_loss_under_knockout_of_a_heads_own_cells(random_gpt2, drawn):
+    batch, heads, ticks = drawn.repeats, [Head.at(2, 0), Head.at(0, 1)], []
+    runner = Runner(random_gpt2, batch.tokens, Predictions.of(batch.tokens, continuing(batch)), batch_size=2)
+    found = dict(effects.needed(runner, batch, heads, advance=ticks.append))
     assert list(found) == sorted(heads)
+    assert ticks == [1, 1]
     for head in heads:
-        forbidden = interventions.forbid([head], batch.cells["prefix_matching"])
-        rise = effects.losses(random_gpt2, batch, forbidden) - effects.losses(random_gpt2, batch)
-        assert found[head] == pytest.approx(effects.row_means(rise, continuing(batch)), abs=1e-4)
+        knocked_out = knockout([head], batch.cells["prefix_matching"])
+        rise = effects.losses(random_gpt2, batch, knocked_out) - effects.losses(random_gpt2, batch)
+        assert found[head] == pytest.approx(masked_means(rise, continuing(batch)), abs=1e-4)
         assert np.abs(found[head]).max() > 1e-3
 
 
 # --- controls ---
 
+HEADS = st.sets(st.builds(Head.at, st.integers(0, 3), st.integers(0, 7)), max_size=10)
 
-@given(
-    heads=st.sets(st.tuples(st.integers(0, 3), st.integers(0, 7)), min_size=1, max_size=10),
-    avoid=st.sets(st.tuples(st.integers(0, 3), st.integers(0, 7)), max_size=6),
-    seed=st.integers(0, 1000),
-)
+
+@given(heads=HEADS.filter(bool), avoid=HEADS, seed=st.integers(0, 1000))
 def test_controls_match_the_layers_and_hold_none_of_the_heads(heads, avoid, seed):
     drawn = effects.layer_matched(sorted(heads), 8, count=5, avoid=avoid, seed=seed)
+    assert drawn == effects.layer_matched(sorted(heads), 8, count=5, avoid=avoid, seed=seed)
     assert (not drawn) == (effects.no_control(sorted(heads), 8, avoid) is not None)
     assert len(set(drawn)) == len(drawn) <= 5
     for control in drawn:
         assert not set(control) & (heads | avoid)
-        assert sorted(layer for layer, _ in control) == sorted(layer for layer, _ in heads)
+        assert sorted(head.layer for head in control) == sorted(head.layer for head in heads)
         assert len(set(control)) == len(control)
+        assert all(0 <= head.head < 8 for head in control)
 
 
 def test_every_control_there_is_is_found_and_a_full_layer_has_none():
-    assert sorted(effects.layer_matched([(2, 1)], 4, count=9, seed=0)) == [((2, 0),), ((2, 2),), ((2, 3),)]
-    assert effects.layer_matched([(1, 0), (1, 1), (1, 2)], 4, count=3, seed=0) == []
-    assert effects.no_control([(1, 0), (1, 1), (1, 2)], 4) == "no control: layer 1 has 1 other heads, 3 are needed"
+    of_layer = [(Head.at(2, head),) for head in (0, 2, 3)]
+    assert sorted(effects.layer_matched([Head.at(2, 1)], 4, count=9, seed=0)) == of_layer
+    full = [Head.at(1, head) for head in range(3)]
+    assert effects.layer_matched(full, 4, count=3, seed=0) == []
+    assert effects.no_control(full, 4) == "no control: layer 1 has 1 other heads, 3 are needed"
+    assert effects.no_control(full[:2], 4) is None
+    assert effects.no_control(full[:2], 4, [Head.at(1, 3)]) == "no control: layer 1 has 1 other heads, 2 are needed"
 
 
 def test_an_effect_is_the_mean_change_beside_that_of_its_controls():
     clean, changed = np.array([1.0, 2.0, np.nan]), np.array([3.0, 5.0, np.nan])
-    controls = [([(0, 1)], np.array([1.5, 2.0, np.nan])), ([(0, 2)], np.array([1.5, 3.0, np.nan]))]
-    found = effects.effect(interventions.zero([(0, 0), (0, 3)]), "loss", clean, changed, controls)
-    assert (found.name, found.head, found.metric, found.rows) == ("zero", "0.0 0.3", "loss", 2)
-    assert (found.clean, found.effect) == (1.5, 2.5)
-    assert 2.0 <= found.interval[0] <= 2.5 <= found.interval[1] <= 3.0
-    assert found.control["effect"] == pytest.approx(0.5)
-    assert found.control["heads"] == ["0.1", "0.2"]
-    assert json.loads(json.dumps(files.jsonable(found.plain())))["control"]["heads"] == ["0.1", "0.2"]
+    controls = [([Head.at(0, 1)], np.array([1.5, 2.0, np.nan])), ([Head.at(0, 2)], np.array([1.5, 3.0, np.nan]))]
+    found = effects.effect("zero", [Head.at(0, 0), Head.at(0, 3)], "loss", clean, changed, controls)
+    assert (found["name"], found["heads"], found["metric"], found["rows"]) == ("zero", ["0.0", "0.3"], "loss", 2)
+    assert (found["clean"], found["effect"], found["note"]) == (1.5, 2.5, None)
+    assert 2.0 <= found["interval"][0] <= 2.5 <= found["interval"][1] <= 3.0
+    assert found["control"]["effect"] == pytest.approx(0.5)
+    assert found["control"]["heads"] == [["0.1"], ["0.2"]]
+    assert json.loads(json.dumps(found))["control"]["heads"] == [["0.1"], ["0.2"]]
+    assert found.keys() == effects.Effect.__required_keys__
+    alone = effects.effect("zero", [Head.at(0, 0)], "loss", clean, changed, note="no control: one head")
+    assert (alone["control"], alone["note"]) == (None, "no control: one head")
+
+
+def test_an_effect_on_no_row_is_nan_and_says_so():
+    nothing = np.full(2, np.nan)
+    found = effects.effect("zero", [Head.at(0, 0)], "loss", nothing, nothing)
+    assert found["rows"] == 0
+    assert np.isnan([found["clean"], found["effect"], *found["interval"]]).all()
+
+
+def test_effects_with_controls_by_hand(random_gpt2, drawn):
+    """Sets in the order of their layers; a control's effect is that of the same intervention on its own heads."""
+    metrics = effects.RowMetrics(random_gpt2, drawn.repeats, batch_size=2)
+    sets, avoid, ticks = [(Head.at(2, 0), Head.at(2, 1)), (Head.at(0, 3),)], [Head.at(0, 0), Head.at(2, 0)], []
+    found = list(
+        effects.effects_with_controls(metrics, "zero", sets, zero, controls=2, avoid=avoid, advance=ticks.append)
+    )
+    assert [one[0]["heads"] for one in found] == [["0.3"], ["2.0", "2.1"]]
+    assert [one["metric"] for one in found[0]] == list(metrics.of(None))
+    clean = metrics.of(None)
+    for effects_of_set, heads in zip(found, reversed(sets), strict=True):
+        changed = metrics.of(zero(heads))
+        for one in effects_of_set:
+            moved = changed[one["metric"]] - clean[one["metric"]]
+            assert one["effect"] == pytest.approx(moved.mean(), abs=1e-9)
+            assert one["name"] == "zero"
+            drawn_sets = [tuple(Head.parse(head) for head in some) for some in one["control"]["heads"]]
+            controls = [metrics.of(zero(some))[one["metric"]] - clean[one["metric"]] for some in drawn_sets]
+            assert one["control"]["effect"] == pytest.approx(np.mean(controls), abs=1e-9)
+    assert found[0][0]["control"]["heads"] and found[1][0]["control"]["heads"] == [["2.2", "2.3"]]
+    assert sum(ticks) == 2 + 2 + 1
+
+
+def test_without_other_heads_there_is_a_note_and_no_control(random_gpt2, drawn):
+    metrics = effects.RowMetrics(random_gpt2, drawn.repeats, batch_size=2)
+    layer = tuple(Head.at(1, head) for head in range(4))
+    (found,) = effects.effects_with_controls(metrics, "zero", [layer], zero, controls=2)
+    assert {one["note"] for one in found} == {"no control: layer 1 has 0 other heads, 4 are needed"}
+    assert all(one["control"] is None for one in found)
+
+
+# --- an experiment's rows ---
+
+
+def test_an_experiment_draws_rows_of_its_own_and_says_what_it_was_made_with(random_gpt2):
+    attends = np.zeros((3, 4), dtype=bool)
+    attends[1, 2] = attends[0, 3] = True
+    found = SimpleNamespace(attends=attends)
+    of_seed = effects.Experiment(random_gpt2, found, rows=2, first=77, seed=5, batch_size=2)
+    expected = battery(random_gpt2.ordinary(), random_gpt2.bos, rows=2, length=random_gpt2.context, seed=5, first=77)
+    assert np.array_equal(of_seed.drawn.repeats.tokens, expected.repeats.tokens)
+    assert of_seed.avoid == [Head.at(0, 3), Head.at(1, 2)]
+    assert of_seed.settings == {
+        "fingerprint": random_gpt2.fingerprint, "seed": 5, "rows": 2, "length": 64, "controls": effects.CONTROLS,
+        "avoided": ["0.3", "1.2"],
+    }  # fmt: skip
+    ablations = of_seed.ablations()
+    assert list(ablations) == ["mean", "knockout"]
+    assert {name: make([Head.at(1, 0)]).name for name, make in ablations.items()} == {
+        "mean": "mean", "knockout": "knockout",
+    }  # fmt: skip
+    controls = Recordings(random_gpt2, expected.controls.tokens)
+    classes = position_classes(expected.repeats)
+    by_hand = {"mean": mean([Head.at(1, 0)], controls, classes, classes)}
+    by_hand["knockout"] = knockout([Head.at(1, 0)], expected.repeats.cells["prefix_matching"])
+    for name, one in by_hand.items():
+        losses = [effects.losses(random_gpt2, expected.repeats, some) for some in (one, ablations[name](one.heads))]
+        assert losses[0][:, 1:] == pytest.approx(losses[1][:, 1:], abs=1e-5)
+    assert of_seed.seconds(4) > 0
 
 
 # --- the bundled model ---
@@ -177,80 +282,90 @@ def mini_scores(mini, mini_rows):
 
 
 @pytest.fixture(scope="module")
-def induction(mini_scores):
+def induction(mini_scores) -> list[Head]:
     """The detected heads, highest score first."""
     repeats, controls = (measured.sums["prefix_matching"] for measured in mini_scores)
     found = detection.attend(repeats, controls, detection.deviations(repeats.sums[0].size, 0.5, 7))
-    return [head for head in detection.by_score(found.score) if found.attends[head]]
+    return [Head.at(*place) for place in detection.by_score(found.score) if found.attends[place]]
+
+
+@pytest.fixture(scope="module")
+def metrics(mini, mini_rows):
+    return effects.RowMetrics(mini, mini_rows.repeats)
 
 
 def mean_ablation(model, batch):
-    clean, classes = Recordings(model, batch.tokens), interventions.position_classes(batch)
-    return lambda heads: interventions.mean(heads, clean, classes, classes)
+    clean, classes = Recordings(model, batch.tokens), position_classes(batch)
+    return lambda heads: mean(heads, clean, classes, classes)
 
 
-def test_without_its_induction_heads_mini_cannot_repeat(mini, mini_rows, induction):
-    batch = mini_rows.repeats
-    ablate, metrics = mean_ablation(mini, batch), effects.RowMetrics(mini, batch)
-    ticks: list[int] = []
+def previous_token_heads(mini_scores, below: int) -> list[Head]:
+    ranked = detection.by_score(mini_scores[0].mean("previous_token"))
+    return [Head.at(*place) for place in ranked if place[0] < below]
+
+
+def test_without_its_induction_heads_mini_cannot_repeat(mini, mini_rows, induction, metrics):
+    ablate, before, ticks = mean_ablation(mini, mini_rows.repeats), traces(mini), []
+    sets = [tuple(induction), tuple(induction[:1])]
     found = effects.effects_with_controls(
-        metrics, [induction, induction[:1]], ablate, controls=2, avoid=induction, advance=ticks.append
+        metrics, "mean", sets, ablate, controls=2, avoid=induction, advance=ticks.append
     )
-    by_heads = {some[0].head: {one.metric: one for one in some} for some in found}
-    gone, one = by_heads[effects.names(induction)], by_heads[effects.names(induction[:1])]
-    assert 0 < one["loss_at_repeats"].effect < gone["loss_at_repeats"].effect
+    by_heads = {tuple(some[0]["heads"]): {one["metric"]: one for one in some} for some in found}
+    gone, one = (by_heads[tuple(effects.names(some))] for some in sets)
+    assert 0 < one["loss_at_repeats"]["effect"] < gone["loss_at_repeats"]["effect"]
     for kind in (gone, one):
-        assert (kind["loss_at_repeats"].control is None) == (kind["loss_at_repeats"].note is not None)
-    assert gone["loss_at_repeats"].interval[0] > 1.0
-    assert abs(gone["loss_at_fresh"].effect) < 0.1 * gone["loss_at_repeats"].effect
-    assert gone["rank_at_repeats"].effect > 10
-    assert gone["kl_at_repeats"].interval[0] > 0.1
+        assert (kind["loss_at_repeats"]["control"] is None) == (kind["loss_at_repeats"]["note"] is not None)
+    assert gone["loss_at_repeats"]["interval"][0] > 1.0
+    assert abs(gone["loss_at_fresh"]["effect"]) < 0.1 * gone["loss_at_repeats"]["effect"]
+    assert gone["rank_at_repeats"]["effect"] > 10
+    assert gone["kl_at_repeats"]["interval"][0] > 0.1
     assert sum(ticks) >= 2
-    assert_no_hooks(mini)
+    assert traces(mini) == before
 
 
-def test_the_previous_token_head_acts_through_the_key(mini, mini_rows, mini_scores, induction):
+def test_the_previous_token_head_acts_through_the_key(mini, mini_rows, mini_scores, induction, metrics):
     """Ablated, it takes the induction pattern away; so does its path into the key alone, with what the MLPs in between
     make of it, and the other paths do not."""
-    batch = mini_rows.repeats
-    ablate, clean = mean_ablation(mini, batch), Recordings(mini, batch.tokens)
+    ablate, clean = mean_ablation(mini, mini_rows.repeats), Recordings(mini, mini_rows.repeats.tokens)
     receiver = induction[0]
-    sender = next(head for head in detection.by_score(mini_scores[0].mean("previous_token")) if head[0] < receiver[0])
-    before = effects.prefix_matching(mini, batch, receiver).mean()
+    sender = previous_token_heads(mini_scores, receiver.layer)[0]
+    before = metrics.prefix_matching(receiver).mean()
 
     def lost(intervention) -> float:
-        return before - effects.prefix_matching(mini, batch, receiver, intervention).mean()
+        return before - metrics.prefix_matching(receiver, intervention).mean()
 
     whole = lost(ablate([sender]))
-    by_part = {
-        part: lost(interventions.path(ablate([sender]), [receiver], part, clean, through_mlps=True)) for part in "qkv"
-    }
+    by_part = {part: lost(path(ablate([sender]), [receiver], part, clean, through_mlps=True)) for part in "qkv"}
     assert whole > 0.5 * before
     assert by_part["k"] > 0.8 * whole
     assert by_part["q"] < 0.1 * whole
     assert by_part["v"] == pytest.approx(0.0, abs=1e-9)
 
 
-def test_every_earlier_head_into_the_key_singles_out_the_previous_token_head(mini, mini_rows, mini_scores, induction):
-    batch, receiver = mini_rows.repeats, induction[0]
-    ablate, clean = mean_ablation(mini, batch), Recordings(mini, batch.tokens)
-    paths = interventions.paths_into(receiver, "k", ablate, clean, through_mlps=True)
-    assert len(paths) == receiver[0] * mini.n_heads
-    left = [effects.prefix_matching(mini, batch, receiver, one).mean() for one in paths]
-    sender = int(np.argmin(left))
-    scored = mini_scores[0].mean("previous_token")[: receiver[0]]
-    assert divmod(sender, mini.n_heads) == np.unravel_index(scored.argmax(), scored.shape)
+def test_every_earlier_head_into_the_key_singles_out_the_previous_token_head(
+    mini, mini_rows, mini_scores, induction, metrics
+):
+    receiver = induction[0]
+    ablate, clean = mean_ablation(mini, mini_rows.repeats), Recordings(mini, mini_rows.repeats.tokens)
+    paths = paths_into(receiver, "k", ablate, clean, through_mlps=True)
+    assert len(paths) == receiver.layer * mini.n_heads
+    left = [metrics.prefix_matching(receiver, one).mean() for one in paths]
+    sender = Head.at(*divmod(int(np.argmin(left)), mini.n_heads))
+    assert sender == previous_token_heads(mini_scores, receiver.layer)[0]
 
 
-def test_forbidding_the_induction_cells_changes_what_mini_writes(mini, mini_rows, induction):
+def test_knockout_of_the_induction_cells_changes_what_mini_writes(mini, mini_rows, induction):
     batch = mini_rows.repeats
     row = int(np.argmax(continuing(batch).sum(1)))
     first = int(np.argmax(continuing(batch)[row]))
     start, right = batch.tokens[row, : first + 1], batch.tokens[row, first + 1 : first + 4]
-    written = effects.continuation(mini, start, 3)
-    assert written.tolist() == right.tolist()
-    forbidden = effects.continuation(
-        mini, start, 3, lambda grown: interventions.forbid(induction, grown.cells["prefix_matching"])
+    assert effects.continuation(mini, start, 3).tolist() == right.tolist()
+    knocked_out = effects.continuation(
+        mini, start, 3, lambda grown: knockout(induction, grown.cells["prefix_matching"])
     )
-    assert forbidden.tolist() != right.tolist()
-    assert_no_hooks(mini)
+    assert knocked_out.tolist() != right.tolist()
+    others = [Head.at(layer, head) for layer, head in np.ndindex(mini.n_layers, mini.n_heads)]
+    others = [head for head in others if head not in induction][: len(induction)]
+    control = effects.continuation(mini, start, 3, lambda grown: knockout(others, grown.cells["prefix_matching"]))
+    assert control.tolist() == right.tolist()
+    assert effects.continuation(mini, start, 3).tolist() == right.tolist()

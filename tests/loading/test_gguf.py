@@ -11,7 +11,7 @@ import torch
 
 import induction_head_detection as script
 from common import UserError
-from common.loading import gguf, models
+from common.loading import gguf, load
 
 LAYERS, HEADS, WIDTH, INNER = 1, 2, 64, 64  # rows of 32 numbers and more, as the format wants them
 
@@ -56,18 +56,18 @@ def written(tmp_path, tokenizer, monkeypatch):
 
 def test_a_gguf_file_is_converted_once_and_then_read_from_the_cache(written, tokenizer, monkeypatch, tmp_path, capfd):
     said = []
-    first = models.load(str(written), say=said.append)
+    first = load(str(written), say=said.append)
     assert (first.name, first.n_layers, first.n_heads, first.context) == ("tiny llama", LAYERS, HEADS, 64)
     assert "MB" in said[0] and str(tmp_path / "cache") in said[0] and len(said) == 1
     digest = hashlib.sha256(written.read_bytes()).hexdigest()
     assert (gguf.cache_folder() / digest[:32] / gguf.DIGEST).read_text().strip() == digest
     monkeypatch.setattr(gguf, "_read", lambda path: pytest.fail("converted again"))
-    again = models.load(str(written), say=said.append)
+    again = load(str(written), say=said.append)
     assert len(said) == 1 and again.fingerprint == first.fingerprint
     tokens = first.encode("the cat sat the cat sat")
     assert tokens.tolist()[1:] == tokenizer("the cat sat the cat sat", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        logits = [model.bridge.original_model(torch.from_numpy(tokens[None])).logits for model in (first, again)]
+        logits = [model.logits(tokens[None]) for model in (first, again)]
     assert torch.equal(*logits)
     assert "Converting" not in capfd.readouterr().err
     arguments = ["--model", str(written), "--no-plots", "--out", str(tmp_path / "o"), "--text", "a b a b"]
@@ -75,17 +75,17 @@ def test_a_gguf_file_is_converted_once_and_then_read_from_the_cache(written, tok
 
 
 def test_another_file_has_another_fingerprint(written):
-    first = models.load(str(written)).fingerprint
+    first = load(str(written)).fingerprint
     content = bytearray(written.read_bytes())
     content[-8:-4] = np.float32(0.25).tobytes()
     written.write_bytes(content)
-    assert models.load(str(written)).fingerprint != first
+    assert load(str(written)).fingerprint != first
 
 
 def test_a_damaged_file_is_one_line_and_leaves_nothing(written):
     written.write_bytes(written.read_bytes()[:3000])
     with pytest.raises(UserError, match="cannot read the GGUF file"):
-        models.load(str(written))
+        load(str(written))
     assert not list(gguf.cache_folder().iterdir())
 
 
@@ -94,4 +94,4 @@ def test_without_the_package_the_way_to_it_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(gguf, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install gguf"):
-        models.load(str(tmp_path / "m.gguf"))
+        load(str(tmp_path / "m.gguf"))

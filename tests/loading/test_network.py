@@ -12,9 +12,10 @@ import pytest
 
 import induction_head_detection as detection
 import qk_circuit_analysis as analysis
-from common.loading import models
+from common import UserError
+from common.loading import load
 from tests.conftest import ROOT
-from tests.loading.test_models import cache, put_in_cache  # noqa: F401  (a fixture)
+from tests.loading.conftest import put_in_cache
 
 
 @pytest.fixture
@@ -48,22 +49,22 @@ def test_mini_and_folders_never_try_a_connection(script, which, no_sockets, onli
     assert not no_sockets
 
 
-def test_a_model_in_the_cache_needs_no_connection(cache, random_gpt2_folder, no_sockets, online):  # noqa: F811
+def test_a_model_in_the_cache_needs_no_connection(cache, random_gpt2_folder, no_sockets, online):
     put_in_cache(cache, random_gpt2_folder, "gpt2")
-    assert models.load("gpt2").name == "gpt2"
-    assert models.load("auto").name == "gpt2"
+    assert load("gpt2").name == "gpt2"
+    assert load("auto").name == "gpt2"
     assert not no_sockets
 
 
-def test_a_named_model_tries_and_says_within_seconds_that_it_cannot(cache, no_sockets, online):  # noqa: F811
-    with pytest.raises(models.UserError, match="cannot be reached"):
-        models.load("gpt2")
+def test_a_named_model_tries_and_says_within_seconds_that_it_cannot(cache, no_sockets, online):
+    with pytest.raises(UserError, match="cannot be reached"):
+        load("gpt2")
     assert no_sockets, "the hub was asked"
 
 
-def test_hf_hub_offline_is_honoured(cache, no_sockets):  # noqa: F811
-    with pytest.raises(models.UserError, match="cannot be reached"):
-        models.load("gpt2")
+def test_hf_hub_offline_is_honoured(cache, no_sockets):
+    with pytest.raises(UserError, match="cannot be reached"):
+        load("gpt2")
     assert not no_sockets
 
 
@@ -109,7 +110,7 @@ def test_quiet_says_nothing_but_the_result_and_verbose_says_more(main, tmp_path,
         (["--model", "./nowhere"], "there is no folder ./nowhere"),
     ],
 )
-def test_errors_suggest_what_is_nearest(arguments, suggested, capsys, cache):  # noqa: F811
+def test_errors_suggest_what_is_nearest(arguments, suggested, capsys, cache):
     try:
         code = detection.main(arguments)
     except SystemExit as stopped:
