@@ -35,8 +35,8 @@ class Composition:
     """How the heads of `layer` compose with earlier heads, by way (Q, K, V).
 
     `senders`: the earlier heads; `scores`, `baseline` and `z`: way -> [sender, head of `layer`], the score in [0, 1],
-    its mean over random rotations, and how many of their standard deviations it lies above that mean. `limit`: the z
-    above which a pair counts, corrected for the number of pairs and ways (Bonferroni).
+    its mean over random rotations, and how many of their standard deviations it lies above that. `limit`: the z above
+    which a pair counts, corrected for the number of pairs and ways (Bonferroni).
     """
 
     layer: int
@@ -51,11 +51,8 @@ class Composition:
         return max(product(senders, heads), key=lambda pair: self.z[way][self._place(pair)])
 
     def from_previous_token(self, previous_token: Floats, heads: Sequence[Head]) -> Pair:
-        """The earlier previous-token head and the one of `heads` that K-compose most.
-
-        Previous-token heads pay at least half of their attention there, by `previous_token` [layer, head]; if none
-        before this layer does, the one that pays most counts.
-        """
+        """The earlier previous-token head and the one of `heads` that K-compose most. `previous_token`: what each
+        [layer, head] pays there, at least half; if none before this layer does, the one that pays most counts."""
         # With most of its attention there, a head can hand on little but the token before.
         senders = [head for head in self.senders if previous_token[head.place] >= 0.5]
         return self.strongest("K", senders or [max(self.senders, key=lambda head: previous_token[head.place])], heads)

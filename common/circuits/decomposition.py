@@ -76,8 +76,7 @@ class Side:
 
 
 def sides_of(model: Model, head: Head) -> tuple[Side, Side]:
-    """How a head reads its queries, and its keys. Raises UserError for models that norm the queries of all heads at
-    once."""
+    """How a head reads its queries, and its keys. UserError for models that norm the queries of all heads at once."""
     layer = model.parts.layers[head.layer]
     weights, norms = layer.weights, layer.norms_of_heads()
     if any(norm and norm.gain.shape not in ((1,), (weights.W_Q.shape[-1],)) for norm in norms):
@@ -299,8 +298,7 @@ def _decomposition(split: SplitHead, interaction: Interaction, head: int, cells:
 
 
 def score_advantages(products: Floats, visible: Bools, query: Ints, key: Ints) -> Floats:
-    """[cells]: each cell's entry of `products` [query, key], less the mean over the other keys in sight of its query,
-    BOS and the query's other cells left out."""
+    """[cells]: each cell's entry of `products` [query, key], less the mean over its query's `_other_keys`."""
     return products[query, key] - (_other_keys(visible, query, key) * products[query]).sum(-1)
 
 

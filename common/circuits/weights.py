@@ -134,14 +134,10 @@ def singular_directions(sides: tuple[Side, Side], embedded: Floats, scale: float
     # The matrix has the rank of a head: its SVD is that of the small core between two orthogonal bases.
     (left, query_core), (right, key_core) = (np.linalg.qr(side.folded()) for side in sides)
     inner = np.linalg.svd(query_core @ key_core.T)
-    queries, strengths, keys = left @ inner.U, inner.S, inner.Vh @ right.T
     scaled = embedded / sides[0].before.scale(embedded)
-    found = []
-    for index in range(min(count, len(strengths))):
-        query, key = scaled @ queries[:, index], scaled @ keys[index]
-        # Singular vectors come with either sign; without a rule it would differ from one machine to the next.
-        sign = np.sign(query[np.argmax(np.abs(query))])
-        share = float(strengths[index] ** 2 / (strengths**2).sum())
-        root = np.sqrt(scale * strengths[index])  # half of the strength to each side: their product is the score
-        found.append(Direction(share, sign * root * query, sign * root * key))
-    return found
+    root = np.sqrt(scale * inner.S)  # half of the strength to each side: their product is the score
+    queries, keys = scaled @ left @ inner.U * root, scaled @ right @ inner.Vh.T * root
+    # Singular vectors come with either sign; without a rule it would differ from one machine to the next.
+    signs = np.sign(np.take_along_axis(queries, np.abs(queries).argmax(0, keepdims=True), 0))
+    shares = (inner.S**2 / (inner.S**2).sum()).tolist()
+    return [Direction(*found) for found in zip(shares[:count], (signs * queries).T, (signs * keys).T, strict=False)]

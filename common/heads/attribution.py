@@ -125,7 +125,7 @@ def _run_backwards(model: Model, batch: TokenBatch, row: Ints, position: Ints) -
 
 def why_no_direct_path(model: Model) -> str | None:
     """None where what a head writes reaches the final stream as it is, and the logits are an unembedding of the normed
-    final stream; else the reason. Looks at one short run."""
+    final stream; else the reason. Looks at one short row."""
     tokens = np.array([[model.bos, *model.ordinary()[: CHECKED - 1]]])[:, : model.context]
     try:
         check_readout(model, tokens)

@@ -31,7 +31,6 @@ class RowSums:
     counts: Ints
 
     def __add__(self, other: RowSums) -> RowSums:
-        """The rows of both, these first."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return RowSums(*(np.concatenate(pair) for pair in pairs))
 

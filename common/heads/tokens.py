@@ -200,9 +200,9 @@ def with_controls(text: TokenBatch, ordinary: Ints, *, rows: int, seed: int) -> 
     """The one text in `text` and `rows` control rows of it, both to be read at the same prefix-matching cells.
 
     As in the battery, what repeats is drawn afresh: every token with an earlier copy becomes an ordinary token that the
-    text does not hold. Where these are too few, it becomes any ordinary token but those that now stand at the places of
-    its earlier copies, so that no cell that is read is a target by chance. A query with as many earlier copies as there
-    are ordinary tokens cannot be freed of chance targets and is left out of both.
+    text does not hold, or, where these are too few, any but those that now stand at the places of its earlier copies,
+    so that no cell that is read is a target by chance. A query with as many earlier copies as there are ordinary tokens
+    cannot be freed of chance targets and is left out of both.
     """
     tokens, copies, cells = text.tokens[0], text.cells["duplicate_token"], text.cells["prefix_matching"]
     again, count = np.unique(copies.query, return_counts=True)
