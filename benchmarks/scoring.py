@@ -11,8 +11,8 @@ Prints tables, writes every timing to outputs/benchmark_scoring/results.json and
 3. Ways, each in a process of its own:
    - base model: the Hugging Face model without unembedding, fused attention (sdpa): the least any scoring costs;
    - forward: the same with logits;
-   - ours: `score_battery`, all head types and the attention budget, rows drawn and cells found anew each time; and
-     the same in bfloat16;
+   - ours: `score` on repeats and on controls, all head types and the attention budget, rows drawn and cells found anew
+     each time; and the same in bfloat16;
    - run_with_cache: TransformerLens caches all, then the target cells are read from each pattern;
    - detect_head: TransformerLens' detector, row by row, for its three head types, as its users call it;
    - diagonals: the way often written by hand, all patterns cached, then the mean of three of their diagonals.
@@ -202,7 +202,7 @@ def ours(path: Path, device: str, dtype: str = "float32") -> Run:
             found = scores.score(model, TokenBatch.of(list(tokens), pad=model.bos), batch_size=at_once)
         else:
             drawn = battery(every_id(model), model.bos, rows=rows // 2, length=length, seed=SEED)
-            found, _ = scores.score_battery(model, drawn, batch_size=at_once)
+            found, _ = (scores.score(model, rows, batch_size=at_once) for rows in (drawn.repeats, drawn.controls))
         return np.stack([found.mean(kind) for kind in HEAD_TYPES])
 
     return run

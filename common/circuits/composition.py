@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,8 @@ class Composition:
     """How the heads of `layer` compose with earlier heads, by way (Q, K, V).
 
     `senders`: the earlier heads; `scores`, `baseline` and `z`: way -> [sender, head of `layer`], the score in [0, 1],
-    its mean over random rotations, and how many of their standard deviations it lies above that mean. `limit`: the z
-    above which a pair counts, corrected for the number of pairs and ways (Bonferroni).
+    its mean over random rotations, and how many of their standard deviations it lies above that. `limit`: the z above
+    which a pair counts, corrected for the number of pairs and ways (Bonferroni).
     """
 
     layer: int
@@ -47,15 +48,11 @@ class Composition:
 
     def strongest(self, way: str, senders: Sequence[Head], heads: Sequence[Head]) -> Pair:
         """The (sender, head) of the highest z among `senders` and `heads` of the layer."""
-        pairs = [(sender, head) for sender in senders for head in heads]
-        return max(pairs, key=lambda pair: self._at(self.z, way, pair))
+        return max(product(senders, heads), key=lambda pair: self.z[way][self._place(pair)])
 
     def from_previous_token(self, previous_token: Floats, heads: Sequence[Head]) -> Pair:
-        """The earlier previous-token head and the one of `heads` that K-compose most.
-
-        Previous-token heads pay at least half of their attention there, by `previous_token` [layer, head]; if none
-        before this layer does, the one that pays most counts.
-        """
+        """The earlier previous-token head and the one of `heads` that K-compose most. `previous_token`: what each
+        [layer, head] pays there, at least half; if none before this layer does, the one that pays most counts."""
         # With most of its attention there, a head can hand on little but the token before.
         senders = [head for head in self.senders if previous_token[head.place] >= 0.5]
         return self.strongest("K", senders or [max(self.senders, key=lambda head: previous_token[head.place])], heads)
@@ -68,11 +65,11 @@ class Composition:
 
     def _describe(self, way: str, pair: Pair) -> dict[str, object]:
         numbers = {"score": self.scores, "baseline": self.baseline, "z": self.z}
-        found = {key: self._at(values, way, pair) for key, values in numbers.items()}
+        found = {key: float(values[way][self._place(pair)]) for key, values in numbers.items()}
         return {"writes": str(pair[0]), "reads": str(pair[1]), **found}
 
-    def _at(self, values: dict[str, Floats], way: str, pair: Pair) -> float:
-        return float(values[way][self.senders.index(pair[0]), pair[1].head])
+    def _place(self, pair: Pair) -> tuple[int, int]:
+        return self.senders.index(pair[0]), pair[1].head
 
 
 def compose(model: Model, layer: int, *, seed: int) -> Composition | None:
@@ -86,10 +83,15 @@ def compose(model: Model, layer: int, *, seed: int) -> Composition | None:
     writing = np.concatenate([_onto(*reversed(_values_and_outputs(model, earlier))) for earlier in range(layer)])
     corners = _corners(model.d_model, writing.shape[-1], seed)
     scores, baseline, z = {}, {}, {}
-    for way in WAYS:
-        reading = _reading(model, layer, way)
+    sides = [sides_of(model, Head.at(layer, head)) for head in range(model.n_heads)]
+    queries, keys = (np.stack([pair[side].folded() for pair in sides]) for side in (0, 1))
+    read = {"Q": (queries, keys), "K": (keys, queries), "V": _values_and_outputs(model, layer)}
+    for way, matrices in read.items():
+        reading = _onto(*matrices)
         scores[way] = _scores(writing, reading)
-        random = _random_scores(_spectra(writing), _spectra(reading), corners)
+        # ||A R B||^2 = sum_ij a_i^2 Z_ij^2 b_j^2, with a and b the singular values and Z a block of the rotation R in
+        # their bases, which is distributed as a corner of R whatever the bases are.
+        random = np.sqrt(_spectra(writing) @ corners @ _spectra(reading).T)  # [rotation, sender, reader]
         baseline[way], spread = random.mean(0), random.std(0)
         # A head of zeros has no spread: no z, rather than 0/0.
         z[way] = np.divide(scores[way] - baseline[way], spread, out=np.zeros_like(spread), where=spread > 0)
@@ -107,21 +109,10 @@ def _values_and_outputs(model: Model, layer: int) -> tuple[Floats, Floats]:
     return through @ values, (parts.norm_behind or UNCHANGED).linear(plain(parts.weights.W_O)).swapaxes(1, 2)
 
 
-def _reading(model: Model, layer: int, way: str) -> Floats:
-    """The matrix by which every head of `layer` reads, as `_onto` gives it: W_QK, its transpose, or W_OV."""
-    if way == "V":
-        return _onto(*_values_and_outputs(model, layer))
-    sides = [sides_of(model, Head.at(layer, head)) for head in range(model.n_heads)]
-    queries, keys = (np.stack([pair[side].folded() for pair in sides]) for side in (0, 1))
-    return _onto(queries, keys) if way == "Q" else _onto(keys, queries)
-
-
 def _onto(near: Floats, far: Floats) -> Floats:
-    """The matrix near · far^T of every head without the rotation on its far side, [head, d_model, d_head].
-
-    `near`, `far`: [head, d_model, d_head]. Norms and singular values, and those of products on the near side, are those
-    of the full [d_model, d_model] matrix, which would not fit in memory for all heads.
-    """
+    """The matrix near · far^T [head, d_model, d_model] of every head without the rotation on its far side, [head,
+    d_model, d_head]: of the same norm and singular values, also in products on the near side. The full one would not
+    fit in memory for all heads."""
     return near @ np.linalg.qr(far).R.swapaxes(-2, -1)
 
 
@@ -145,12 +136,3 @@ def _corners(width: int, size: int, seed: int) -> Floats:
     # Q of a Gaussian matrix is a random rotation up to the signs of its columns, and squares have no sign.
     draws = (rng.standard_normal((width, size)) for _ in range(ROTATIONS))
     return np.stack([np.linalg.qr(draw).Q[:size] ** 2 for draw in draws])
-
-
-def _random_scores(writing: Floats, reading: Floats, corners: Floats) -> Floats:
-    """Composition scores of matrices with these spectra and a random rotation between them, [rotation, sender, reader].
-
-    ||A R B||^2 = sum_ij a_i^2 Z_ij^2 b_j^2, with a and b the singular values and Z a block of the rotation R in their
-    bases, which is distributed as a corner of R whatever the bases are.
-    """
-    return np.sqrt(writing @ corners @ reading.T)

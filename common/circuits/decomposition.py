@@ -42,70 +42,53 @@ Seen = dict[tuple[int, str], Floats]  # what a run showed, by layer and point, e
 
 @dataclass(frozen=True)
 class Side:
-    """How one head makes its query, or its key, of the residual stream: norm, weights, and a norm of its own.
+    """How one head makes its query, or its key, of the residual stream: `weight` [d_model, d_head], `bias` [d_head],
+    and the norms `before` and `after` them, or `UNCHANGED`."""
 
-    `weight`: [d_model, d_head]; `bias`: [d_head]; `before`, `after`: the norms around them, None where there is none.
-    """
-
-    before: Norm | None
+    before: Norm
     weight: Floats
     bias: Floats
-    after: Norm | None
+    after: Norm
 
     def folded(self) -> Floats:
         """[d_model, d_head]: the weights with all that is linear in the norms around them."""
-        read = (self.before or UNCHANGED).linear(np.eye(len(self.weight))) @ self.weight
-        return (self.after or UNCHANGED).linear(read)
-
-    def constant(self) -> Floats:
-        """[d_head]: what is read whatever the residual stream holds, before the norm of the head."""
-        offset = (self.before or UNCHANGED).offset
-        return np.broadcast_to(offset, len(self.weight)) @ self.weight + self.bias
+        return self.after.linear(self.before.linear(np.eye(len(self.weight))) @ self.weight)
 
     def read(self, stream: Floats) -> Floats:
         """Query or key [pos, d_head] of a residual stream [pos, d_model], before rotation."""
-        return self.read_parts(stream, ((self.before or UNCHANGED).linear(stream) @ self.weight)[None])[0]
+        return self.read_parts(stream, (self.before.linear(stream) @ self.weight)[None])[0]
 
     def read_part(self, part: Floats, typical: Floats) -> Floats:
         """What a part of the stream [pos, d_model] adds, norms at their mean scale on `typical`; no constant."""
-        made = (self.before or UNCHANGED).linear(part) @ self.weight
         # A part has no scale of its own: alone it would be blown up to the size of a whole stream.
-        if self.before:
-            made = made / self.before.scale(typical).mean()
-        if not self.after:
-            return made
-        read = replace(self, after=None).read(typical)
-        return self.after.linear(made) / self.after.scale(read).mean()
+        made = self.before.linear(part) @ self.weight / self.before.scale(typical).mean()
+        return self.after.linear(made) / self.after.scale(replace(self, after=UNCHANGED).read(typical)).mean()
 
     def read_parts(self, stream: Floats, parts: Floats) -> Floats:
-        """Each part [source, pos, d_head] of the query or key, from `parts` read without division or constant.
-
-        `parts` is `linear(written) @ weight` per source; the last source also gets every constant.
-        """
-        parts = parts / (self.before.scale(stream) if self.before else 1.0)
-        parts[-1] += self.constant()  # before the norm of the head, whose scale depends on it
-        if self.after:
-            parts = self.after.linear(parts) / self.after.scale(parts.sum(0))
-            parts[-1] += self.after.offset
+        """Parts [source, pos, d_head] of the query or key, from `before.linear(written) @ weight` of each source; the
+        last source also gets every constant."""
+        parts = parts / self.before.scale(stream)
+        # The constants come before the norm of the head, whose scale depends on them.
+        parts[-1] += np.broadcast_to(self.before.offset, len(self.weight)) @ self.weight + self.bias
+        parts = self.after.linear(parts) / self.after.scale(parts.sum(0))
+        parts[-1] += self.after.offset
         return parts
 
 
 def sides_of(model: Model, head: Head) -> tuple[Side, Side]:
-    """How a head reads its queries, and its keys.
-
-    Raises UserError for models that norm the queries of all heads at once.
-    """
+    """How a head reads its queries, and its keys. UserError for models that norm the queries of all heads at once."""
     layer = model.parts.layers[head.layer]
     weights, norms = layer.weights, layer.norms_of_heads()
     if any(norm and norm.gain.shape not in ((1,), (weights.W_Q.shape[-1],)) for norm in norms):
         raise UserError(f"{model.name} norms the queries of all heads at once: one head's score is no sum of parts")
+
+    def side(matrices: Tensor, biases: Tensor | None, place: int, after: Norm | None) -> Side:
+        bias = np.zeros(matrices.shape[-1]) if biases is None else plain(biases[place])
+        return Side(layer.norm or UNCHANGED, plain(matrices[place]), bias, after or UNCHANGED)
+
     # Where several query heads share a key head, those of one group stand side by side.
     shared = head.head * len(weights.W_K) // model.n_heads
-    made: list[Side] = []
-    for matrices, biases, place in ((weights.W_Q, weights.b_Q, head.head), (weights.W_K, weights.b_K, shared)):
-        bias = np.zeros(matrices.shape[-1]) if biases is None else plain(biases[place])
-        made.append(Side(layer.norm, plain(matrices[place]), bias, norms[len(made)]))
-    return made[0], made[1]
+    return side(weights.W_Q, weights.b_Q, head.head, norms[0]), side(weights.W_K, weights.b_K, shared, norms[1])
 
 
 # --- which part of the model wrote what ---
@@ -114,20 +97,19 @@ def sides_of(model: Model, head: Head) -> tuple[Side, Side]:
 def written(model: Model, tokens: Ints, layer: int) -> Iterator[tuple[str, Floats]]:
     """What each part of the model wrote into the residual stream that `layer` reads, on one row of ids [pos].
 
-    Yields (source, [pos, d_model]), which sum to the stream exactly:
-    `embed`, the token: its embedding (with the model's own scaling or norm of it) and, where `layer` comes after MLP 0,
-    what MLP 0 makes of the token whatever its context (`mean_first_mlp`); `pos_embed`, where positions are added; per
-    earlier layer its heads (`0.1`), those of layer 0 with what MLP 0 makes of them (`through_first_mlp`), and its MLP,
-    `mlp0` being the rest of what MLP 0 wrote; and last `bias`, the output biases of all attention layers. Post-norms
-    are frozen and shared out.
+    Yields (source, [pos, d_model]), which sum to the stream exactly: `embed`, the token: its embedding (with the
+    model's own scaling or norm of it) and, where `layer` comes after MLP 0, what MLP 0 makes of the token whatever its
+    context (`mean_first_mlp`); `pos_embed`, where positions are added; per earlier layer its heads (`0.1`), those of
+    layer 0 with what MLP 0 makes of them (`through_first_mlp`), and its MLP, `mlp0` being the rest of what MLP 0 wrote;
+    and last `bias`, the output biases of all attention layers. Post-norms are frozen and shared out.
     Raises UserError where the heads of a layer do not add up to what its attention wrote.
     """
     seen = _see_stream(model, tokens[None], layer)
     token = mean_first_mlp(model, tokens) if layer else 0.0
     constant = np.zeros((len(tokens), model.d_model))
-    positions = constant + seen[0, "pos_embed"][0] if (0, "pos_embed") in seen else None
-    yield "embed", seen[0, "resid_pre"][0] - (0.0 if positions is None else positions) + token
-    if positions is not None:
+    positions = constant + seen.get((0, "pos_embed"), constant[None])[0]
+    yield "embed", seen[0, "resid_pre"][0] - positions + token
+    if (0, "pos_embed") in seen:
         yield "pos_embed", positions
     for earlier in range(layer):
         heads, bias = _head_outputs(model, seen, earlier)
@@ -142,14 +124,19 @@ def written(model: Model, tokens: Ints, layer: int) -> Iterator[tuple[str, Float
 
 
 def mean_first_mlp(model: Model, tokens: Ints) -> Floats:
-    """What MLP 0 makes of each of the ids [pos] on average over contexts, [pos, d_model].
+    """What MLP 0 makes of each of the ids [pos] on average over contexts, [pos, d_model]: what depends on it alone.
 
-    Later layers of many models read little of the embedding itself, because MLP 0 rewrites it. Its mean over contexts
-    is the part of its output that depends on the token alone. The contexts are `CONTEXTS` rows, each a random order of
-    the tokens and as many random ordinary ones behind BOS; they are the same for every run.
+    Later layers of many models read little of the embedding itself, because MLP 0 rewrites it. The contexts are
+    `CONTEXTS` rows, the same for every run: BOS, then in random order the tokens and as many others, if they fit.
     """
     every, place = np.unique(tokens, return_inverse=True)
-    rows = np.stack([_context(model, every[every != model.bos], row) for row in range(CONTEXTS)])
+    own = every[every != model.bos]
+    rows = np.full((CONTEXTS, min(2 * len(own) + 1, model.context)), model.bos)
+    for number, row in enumerate(rows):
+        rng = np.random.default_rng([CONTEXTS, number])
+        # Other tokens too: among a text's own few, a token would meet the same neighbours in every context.
+        others = rng.choice(model.ordinary(), size=len(row) - 1 - len(own))
+        row[1:] = rng.permutation(np.concatenate([own, others]))
     made = _see_stream(model, rows, 1)[0, "mlp"]
     return np.stack([made[rows == token].mean(0) for token in every])[place]
 
@@ -157,26 +144,18 @@ def mean_first_mlp(model: Model, tokens: Ints) -> Floats:
 def through_first_mlp(model: Model, tokens: Ints) -> Floats:
     """What MLP 0 makes of each head of layer 0, [head, pos, d_model]: its output less its output with that head silent.
 
-    As with the token, later layers may read a head of layer 0 in what MLP 0 made of it. These parts need not add up to
-    what MLP 0 wrote; the rest is the source `mlp0`. Zero where MLP 0 does not see these heads (parallel blocks).
+    These parts need not add up to what MLP 0 wrote; the rest is the source `mlp0`. Zero where MLP 0 does not see these
+    heads (parallel blocks).
     """
-    rows = np.repeat(tokens[None], model.n_heads + 1, axis=0)  # one per silent head; the last row is left as it is
-    edits = [Edit(Head.at(0, head), "z", partial(_silent_in, head)) for head in range(model.n_heads)]
+    # All rows are in one run: one per silent head, and the last is left as it is.
+    rows = np.repeat(tokens[None], model.n_heads + 1, axis=0)
+
+    def silence(head: int, output: Tensor, rows: slice) -> Tensor:
+        return output.index_fill(0, torch.tensor(head, device=output.device), 0.0)
+
+    edits = [Edit(Head.at(0, head), "z", partial(silence, head)) for head in range(model.n_heads)]
     made = _see_stream(model, rows, 1, edits)[0, "mlp"]
     return made[-1] - made[:-1]
-
-
-def _silent_in(row: int, output: Tensor, rows: slice) -> Tensor:
-    # All rows are in one run, so a head's own row is the one of its number.
-    return output.index_fill(0, torch.tensor(row, device=output.device), 0.0)
-
-
-def _context(model: Model, tokens: Ints, row: int) -> Ints:
-    """BOS, then the different `tokens` and as many random ones, as far as the context reaches, in random order."""
-    rng = np.random.default_rng([CONTEXTS, row])
-    # Other tokens too: among a text's own few, a token would meet the same neighbours in every context.
-    others = rng.choice(model.ordinary(), size=min(len(tokens), model.context - 1 - len(tokens)))
-    return np.concatenate([[model.bos], rng.permutation(np.concatenate([tokens, others]))])
 
 
 def _see_stream(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = ()) -> Seen:
@@ -189,26 +168,24 @@ def _see_stream(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = 
     taps = [] if positions is None else [(positions, "output", added.append)]
     found = model.record(tokens, wanted | {(layer, "resid_pre")}, edits, taps=taps)
     seen = {point: plain(value) for point, value in found.items()}
+    if added:
+        seen[0, "pos_embed"] = plain(added[0])
     for index in range(layer):
         before, after = seen[index, "resid_pre"], seen[index, middle[index]]
         # Bloom's attention hands on the stream with its output in it, so the difference is taken where there is one.
         seen[index, "attention"] = after - before if middle[index] == "resid_mid" else after
         seen[index, "mlp"] = seen[index + 1, "resid_pre"] - before - seen[index, "attention"]
-    return {**seen, (0, "pos_embed"): plain(added[0])} if added else seen
+    return seen
 
 
 def _head_outputs(model: Model, seen: Seen, layer: int) -> tuple[Floats, Floats]:
-    """What each head of `layer` wrote, [head, pos, d_model], and its attention besides, [pos, d_model], in row 0.
-
-    Raises UserError where the two do not add up to what the attention wrote.
-    """
-    weights, behind = model.parts.layers[layer].weights, model.parts.layers[layer].norm_behind
+    """What each head of `layer` wrote, [head, pos, d_model], and its attention besides, [pos, d_model], in row 0."""
+    weights, behind = model.parts.layers[layer].weights, model.parts.layers[layer].norm_behind or UNCHANGED
     heads = np.matmul(seen[layer, "z"][0].swapaxes(0, 1), plain(weights.W_O))
     bias = np.zeros(heads.shape[1:]) + (0.0 if weights.b_O is None else plain(weights.b_O))
-    if behind:
-        # The norm acts on the sum of the heads; with its scale frozen, what is left is linear in each of them.
-        scale = behind.scale(heads.sum(0) + bias)
-        heads, bias = behind.linear(heads) / scale, behind.linear(bias) / scale + behind.offset
+    # The norm acts on the sum of the heads; with its scale frozen, what is left is linear in each of them.
+    scale = behind.scale(heads.sum(0) + bias)
+    heads, bias = behind.linear(heads) / scale, behind.linear(bias) / scale + behind.offset
     output = seen[layer, "attention"][0]
     if np.abs(heads.sum(0) + bias - output).max() > largest_allowed(SUM_ERRORS, model.dtype) * np.abs(output).max():
         raise UserError(f"the heads of layer {layer} of {model.name} do not add up to what its attention writes")
@@ -231,11 +208,11 @@ class SplitHead:
 class Decomposition:
     """The mean score of some cells of one head, by query source (rows) and key source (columns).
 
-    `cells` are (query, key), `kind` says which: induction cells, or those with most attention.
-    `raw`: [source, source], sums to `score`, the mean over the cells of scale · q·k (before soft-cap and position
-    bias). `terms`: the same for `score_advantage`, the mean over the cells of the score minus the mean score of the
-    other keys that the query sees, BOS and the query's other cells left out: what is the same for every key drops out.
-    `error` is the largest error of both sums over the cells, relative to the head's largest score on the row.
+    `cells` are (query, key), `kind` says which: induction cells, or those with most attention. `raw`: [source, source],
+    sums to `score`, the mean over the cells of scale · q·k (before soft-cap and position bias). `terms`: the same for
+    `score_advantage`, the mean over the cells of the score minus the mean score of the other keys that the query sees,
+    BOS and the query's other cells left out: what is the same for every key drops out. `error` is the largest error of
+    both sums over the cells, relative to the head's largest score on the row.
     """
 
     sources: tuple[str, ...] = field(repr=False)
@@ -248,10 +225,9 @@ class Decomposition:
     error: float
 
     def top(self, count: int) -> list[tuple[str, str, float]]:
-        """The `count` terms of largest absolute value, largest first: (query source, key source, part of
-        `score_advantage`)."""
+        """The `count` largest terms in size, largest first: (query source, key source, part of `score_advantage`)."""
         order = np.argsort(-np.abs(self.terms), axis=None, kind="stable")[:count]
-        pairs = zip(*np.unravel_index(order, self.terms.shape), strict=True)
+        pairs = [divmod(int(place), len(self.sources)) for place in order]
         return [(self.sources[query], self.sources[key], float(self.terms[query, key])) for query, key in pairs]
 
     def record(self, count: int) -> dict[str, object]:
@@ -265,23 +241,18 @@ class Decomposition:
 
 def split_heads(model: Model, tokens: Ints, layer: int, heads: Sequence[int], rules: Rules) -> dict[int, SplitHead]:
     """q and k of each of the `heads` of `layer` on one row of ids [pos], by source."""
-    # Keyed by (head, side), side 0 for queries and 1 for keys.
-    sides = {(head, side): one for head in heads for side, one in enumerate(sides_of(model, Head.at(layer, head)))}
-    norm = model.parts.layers[layer].norm or UNCHANGED
-    names: list[str] = []
-    read: dict[tuple[int, int], list[Floats]] = {which: [] for which in sides}
-    stream = np.zeros(())
+    sides = [side for head in heads for side in sides_of(model, Head.at(layer, head))]
+    weights = np.stack([side.weight for side in sides])
+    names, read, stream = list[str](), list[Floats](), np.zeros(())
     # A source is [pos, d_model] and there may be hundreds: each is read by all heads and let go.
     for source, output in written(model, tokens, layer):
         names.append(source)
         stream = stream + output
-        through = norm.linear(output)
-        for which, into in read.items():
-            into.append(through @ sides[which].weight)
-    made = {which: side.read_parts(stream, np.stack(read[which])) for which, side in sides.items()}
+        read.append(sides[0].before.linear(output) @ weights)
+    made = [side.read_parts(stream, parts) for side, parts in zip(sides, np.stack(read, 1), strict=True)]
     if rules.rotation is not None:
-        made = {which: rules.rotation.turn(part) for which, part in made.items()}
-    return {head: SplitHead(tuple(names), made[head, 0], made[head, 1]) for head in heads}
+        made = [rules.rotation.turn(part) for part in made]
+    return {head: SplitHead(tuple(names), q, k) for head, q, k in zip(heads, made[::2], made[1::2], strict=True)}
 
 
 def decompose(
@@ -290,50 +261,44 @@ def decompose(
     """The mean score of `cells` (query, key) of each of `heads` on one row of ids [pos], by query source × key source.
 
     `heads` are numbers within the layer of `interaction`, whose row 0 is `tokens`. Without cells those
-    `FALLBACK_CELLS` with most attention are taken, head by head.
-    Raises UserError where the terms do not sum to the model's own score within 1e-4 relative (float32; 5e-2 in 16
-    bits): then q and k are no linear function of the residual stream that we know of.
+    `FALLBACK_CELLS` with most attention are taken, head by head. Raises UserError where the terms do not sum to the
+    model's own score within `SUM_ERRORS`, relative: then q and k are no linear function of the residual stream.
     """
-    split = split_heads(model, tokens, interaction.layer, heads, interaction.rules)
     allowed = largest_allowed(SUM_ERRORS, model.dtype)
     found = {}
-    for head in heads:
-        chosen = cells or largest_cells(interaction.pattern[0, head], FALLBACK_CELLS)
-        kind = "induction cells" if cells else "cells with most attention"
-        found[head] = _decomposition(split[head], interaction, head, chosen, kind)
-        if not found[head].error <= allowed:  # NaN is refused, too
+    for head, split in split_heads(model, tokens, interaction.layer, heads, interaction.rules).items():
+        found[head] = one = _decomposition(split, interaction, head, cells)
+        if not one.error <= allowed:  # NaN is refused, too
             raise UserError(
                 f"the parts of head {Head.at(interaction.layer, head)} of {model.name} do not add up to its score (off "
-                f"by {found[head].error:.2g} of its largest score, allowed {allowed:.2g}): no decomposition of it is "
-                "shown"
+                f"by {one.error:.2g} of its largest score, allowed {allowed:.2g}): no decomposition of it is shown"
             )
     return found
 
 
-def _decomposition(split: SplitHead, interaction: Interaction, head: int, cells: CellPairs, kind: str) -> Decomposition:
+def _decomposition(split: SplitHead, interaction: Interaction, head: int, cells: CellPairs) -> Decomposition:
     rules, products = interaction.rules, interaction.products[0, head]
-    query, key = (np.array(places, dtype=np.int64) for places in zip(*cells, strict=True))
-    others = _other_keys(rules.visible[0], query, key)
+    chosen = cells or largest_cells(interaction.pattern[0, head], FALLBACK_CELLS)
+    query, key = np.array(chosen, dtype=np.int64).T
     q, k = rules.scale * split.q[:, query], split.k[:, key]
-    against = k - np.einsum("cp,spd->scd", others, split.k)
-    advantages = score_advantages(products, rules.visible[0], query, key)
-    both = ((k, products[query, key]), (against, advantages))
-    off = [np.abs((q.sum(0) * keys.sum(0)).sum(-1) - theirs).max() for keys, theirs in both]
+    against = k - np.einsum("cp,spd->scd", _other_keys(rules.visible[0], query, key), split.k)
+    score, advantage = products[query, key], score_advantages(products, rules.visible[0], query, key)
+    # What the parts sum to, cell by cell, less what they must sum to.
+    off = [(q.sum(0) * k.sum(0)).sum(-1) - score, (q.sum(0) * against.sum(0)).sum(-1) - advantage]
     return Decomposition(
         sources=split.sources,
-        cells=tuple((int(a), int(b)) for a, b in cells),
-        kind=kind,
-        raw=np.tensordot(q, k, axes=([1, 2], [1, 2])) / len(cells),  # mean over cells of q·k, source by source
-        terms=np.tensordot(q, against, axes=([1, 2], [1, 2])) / len(cells),
-        score=float(products[query, key].mean()),
-        score_advantage=float(advantages.mean()),
-        error=float(max(off) / max(np.abs(products[rules.visible[0]]).max(), np.finfo(float).tiny)),
+        cells=tuple((int(query), int(key)) for query, key in chosen),
+        kind="induction cells" if cells else "cells with most attention",
+        raw=np.tensordot(q, k, axes=([1, 2], [1, 2])) / len(chosen),  # mean over cells of q·k, source by source
+        terms=np.tensordot(q, against, axes=([1, 2], [1, 2])) / len(chosen),
+        score=float(score.mean()),
+        score_advantage=float(advantage.mean()),
+        error=float(np.abs(off).max() / max(np.abs(products[rules.visible[0]]).max(), np.finfo(float).tiny)),
     )
 
 
 def score_advantages(products: Floats, visible: Bools, query: Ints, key: Ints) -> Floats:
-    """[cells]: each cell's entry of `products` [query, key], less the mean over the other keys in sight of its query,
-    BOS and the query's other cells left out."""
+    """[cells]: each cell's entry of `products` [query, key], less the mean over its query's `_other_keys`."""
     return products[query, key] - (_other_keys(visible, query, key) * products[query]).sum(-1)
 
 
@@ -350,5 +315,5 @@ def largest_cells(pattern: Floats, count: int) -> list[tuple[int, int]]:
     candidates = np.where(np.tril(np.ones_like(pattern, dtype=bool)), pattern, -1.0)
     candidates[:2], candidates[:, 0] = -1.0, -1.0  # query 1 sees BOS and itself alone
     order = np.argsort(-candidates, axis=None, kind="stable")[:count]
-    cells = zip(*np.unravel_index(order, pattern.shape), strict=True)
-    return [(int(query), int(key)) for query, key in cells if candidates[query, key] >= 0]
+    cells = [divmod(int(place), len(pattern)) for place in order]
+    return [cell for cell in cells if candidates[cell] >= 0]

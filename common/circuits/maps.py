@@ -42,8 +42,8 @@ ROUNDINGS = 8  # roundings of its own precision that the model may make in a sum
 class Rotation:
     """Rotary positions (Su et al. 2021, arXiv 2104.09864): pairs of dimensions turned by an angle that grows with pos.
 
-    `cos`, `sin`: [pos, rotated]; of d_head dimensions the first `rotated` turn, the others stay. Dimension i is paired
-    with i + rotated / 2, or with its neighbour where `interleaved`.
+    `cos`, `sin`: [pos, rotated], of the first `rotated` dimensions; the others stay. Dimension i is paired with
+    i + rotated / 2, or with its neighbour where `interleaved`.
     """
 
     cos: Floats
@@ -52,8 +52,8 @@ class Rotation:
 
     @classmethod
     def of(cls, angles: Sequence[Floats]) -> Rotation:
-        """From the two arrays [pos, angles] that transformers gives to attention. How dimensions are paired shows in
-        which columns hold the same angle."""
+        """From the two arrays [pos, angles] of transformers: which columns hold the same angle shows how dimensions are
+        paired."""
         sin_first = bool((angles[0][0] == 0).all())  # at position 0 nothing is turned
         cos, sin = reversed(angles) if sin_first else angles
         half = cos.shape[-1] // 2
@@ -62,9 +62,8 @@ class Rotation:
         if np.array_equal(cos[:, ::2], cos[:, 1::2]):
             return cls(cos, sin, interleaved=True)
         # Every angle is there once: GPT-J, which gives sin first, turns neighbours by it, GPT-OSS the two halves.
-        if sin_first:
-            return cls(np.repeat(cos, 2, -1), np.repeat(sin, 2, -1), interleaved=True)
-        return cls(np.tile(cos, 2), np.tile(sin, 2), interleaved=False)
+        cos, sin = (np.repeat(part, 2, -1) if sin_first else np.tile(part, 2) for part in (cos, sin))
+        return cls(cos, sin, interleaved=sin_first)
 
     def turn(self, vectors: Floats, places: slice = slice(None)) -> Floats:
         """`vectors` [..., pos, d_head] turned as the positions `places` turn them."""
@@ -79,11 +78,11 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a layer does to q·k on its way to the pattern.
+    """What a layer does to q·k on its way to the pattern, in this order.
 
-    `scale` multiplies the product; `softcap` c, where there is one, makes c·tanh(x / c) of it; `bias`, to be broadcast
-    over [batch, head, query, key], is then added; `visible` [batch, query, key] says which keys a query may see; a
-    sink [head] takes part in the softmax as a key without a value; `rotation` says how positions turned q and k.
+    `scale` multiplies the product; `softcap` c makes c·tanh(x / c) of it; `bias`, to be broadcast over [batch, head,
+    query, key], is added; `visible` [batch, query, key] says which keys a query may see; a sink [head] takes part in
+    the softmax as a key without a value; `rotation` says how positions turned q and k.
     """
 
     scale: float
@@ -124,9 +123,8 @@ class Interaction:
     """Queries and keys of a layer, and how they meet.
 
     `q`, `k`: [batch, pos, head, d_head], after bias, norm and rotation, keys repeated to the query heads;
-    `products`: [batch, head, query, key], scale · q·k; `scores`: the same after soft-cap and position bias, as softmax
-    gets them (cells that a query may not see hold a number too: mask them with `rules.visible`); `pattern`: after
-    softmax, in [0, 1].
+    `products`: [batch, head, query, key], scale · q·k; `scores`: the same after soft-cap and position bias (cells that
+    a query may not see hold a number too: mask them with `rules.visible`); `pattern`: after softmax, in [0, 1].
     """
 
     layer: int
@@ -156,11 +154,9 @@ def interact(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit] = ())
     pattern = rules.pattern(scores)
     allowed = _allowed(q, k, rules.scale, model.dtype)
     theirs = torch.stack([call.scores_of(head) for head in range(call.n_heads)], 1)
-    check = Check(
-        pattern=_largest_error(model, layer, "pattern", (pattern, call.pattern()), rules.visible, allowed),
-        scores=_largest_error(model, layer, "score", (scores, theirs), rules.visible, allowed),
-    )
-    return Interaction(layer, q, k, products, scores, pattern, rules, check)
+    both = {"pattern": (pattern, plain(call.pattern())), "score": (scores, plain(theirs))}
+    errors = _errors(model, layer, both, rules.visible, allowed)
+    return Interaction(layer, q, k, products, scores, pattern, rules, Check(errors["score"], errors["pattern"]))
 
 
 def export(interaction: Interaction, tokens: Ints, path: Path) -> None:
@@ -208,7 +204,6 @@ def _see(model: Model, tokens: Ints, layer: int, edits: Sequence[Edit]) -> tuple
 
 
 def _rules(call: Call, given: Mapping[str, object]) -> Rules:
-    """The layer's scale, soft-cap, position bias, mask, rotation and sinks, in this call."""
     visible, bias = _mask(call)
     if call.bias is not None:
         bias = plain(call.bias) + (0.0 if bias is None else bias)
@@ -243,27 +238,25 @@ def _mask(call: Call) -> tuple[Bools, Floats | None]:
 
 
 def _allowed(q: Floats, k: Floats, scale: float, dtype: torch.dtype) -> float:
-    """The error to allow: a fixed one, or that of the model's own sums of products where those are very large."""
-    # Rounding grows with the size of the terms, which may cancel in the score itself.
+    # Rounding grows with the size of the terms of a sum of products, which may cancel in the score itself.
     largest = float(scale * dot_products(np.abs(q), np.abs(k)).max())
     return max(largest_allowed(SCORE_ERRORS, dtype), ROUNDINGS * torch.finfo(dtype).eps * largest)
 
 
-def _largest_error(
-    model: Model, layer: int, what: str, maps: tuple[Floats, torch.Tensor], visible: Bools, allowed: float
-) -> float:
-    """Largest difference of our and the model's `maps` [batch, head, query, key] in visible cells.
-
-    Raises UserError with the worst cell where it is above `allowed`.
-    """
-    ours, theirs = maps[0], plain(maps[1])
-    error = np.where(visible[:, None], np.abs(ours - theirs), 0.0)
-    worst = np.unravel_index(int(np.argmax(error)), error.shape)
-    if error[worst] <= allowed:  # not so for NaN either, which argmax finds first
-        return float(error[worst])
-    _, head, query, key = (int(place) for place in worst)
-    raise UserError(
-        f"layer {layer} of {model.name} is not reproduced: head {Head.at(layer, head)}, query {query}, key {key} has "
-        f"the {what} {theirs[worst]:.6g} in the model and {ours[worst]:.6g} by our rules (off by {error[worst]:.2g}, "
-        f"allowed {allowed:.2g}); no map of it is drawn"
-    )
+def _errors(
+    model: Model, layer: int, maps: dict[str, tuple[Floats, Floats]], visible: Bools, allowed: float
+) -> dict[str, float]:
+    """Largest difference of our and the model's `maps` [batch, head, query, key] in visible cells, by what they show;
+    UserError with the worst cell where it is above `allowed`."""
+    errors = {}
+    for what, (ours, theirs) in maps.items():
+        error = np.where(visible[:, None], np.abs(ours - theirs), 0.0)
+        _, head, query, key = worst = tuple(int(place) for place in np.unravel_index(int(error.argmax()), error.shape))
+        errors[what] = float(error[worst])
+        if not errors[what] <= allowed:  # so for NaN, too, which argmax finds first
+            raise UserError(
+                f"layer {layer} of {model.name} is not reproduced: head {Head.at(layer, head)}, query {query}, key "
+                f"{key} has the {what} {theirs[worst]:.6g} in the model and {ours[worst]:.6g} by our rules (off by "
+                f"{errors[what]:.2g}, allowed {allowed:.2g}); no map of it is drawn"
+            )
+    return errors

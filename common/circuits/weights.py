@@ -21,7 +21,7 @@ from common.attention.head import Head
 from common.circuits.decomposition import Side, SplitHead, sides_of, split_heads, written
 from common.circuits.maps import Rules, interact
 from common.heads.statistics import Floats, Ints
-from common.loading.families import plain
+from common.loading.families import UNCHANGED, plain
 
 if TYPE_CHECKING:
     from common.loading.model import Model
@@ -44,11 +44,11 @@ class Direction:
 
     def record(self, tokens: Sequence[str], count: int) -> dict[str, object]:
         """The share, and the `count` tokens farthest along the direction as queries and as keys, with how far."""
-        found: dict[str, object] = {"share": self.share}
-        for side, along in (("query", self.query), ("key", self.key)):
-            farthest = np.argsort(-np.abs(along), kind="stable")[:count]
-            found[side] = [(tokens[at], float(along[at])) for at in farthest]
-        return found
+
+        def farthest(along: Floats) -> list[tuple[str, float]]:
+            return [(tokens[at], float(along[at])) for at in np.argsort(-np.abs(along), kind="stable")[:count]]
+
+        return {"share": self.share, "query": farthest(self.query), "key": farthest(self.key)}
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,14 @@ def head_circuits(
     sides, embedded = sides_of(model, head), read_embeddings(model, different, head.layer)
     q, k = (side.read(embedded) for side in sides)
     far = [distance for distance in distances if distance < len(tokens)] if rules.rotation else [0]
+    by_distance = {distance: token_circuit(q, k, rules, distance) for distance in far}
     composed = None
     if sender:
         sent = sides[1].read_part(output_for_tokens(model, sender, different), embedded)
         composed = token_circuit(q, sent, rules, far[0])
-    return HeadCircuits(
-        head=head,
-        tokens=different,
-        by_distance={distance: token_circuit(q, k, rules, distance) for distance in far},
-        sender=sender,
-        composed=composed,
-        position=position_circuit(split_heads(model, tokens, head.layer, [head.head], rules)[head.head], rules),
-        directions=singular_directions(sides, embedded, rules.scale, DIRECTIONS),
-    )
+    position = position_circuit(split_heads(model, tokens, head.layer, [head.head], rules)[head.head], rules)
+    directions = singular_directions(sides, embedded, rules.scale, DIRECTIONS)
+    return HeadCircuits(head, different, by_distance, sender, composed, position, directions)
 
 
 def read_embeddings(model: Model, tokens: Ints, layer: int) -> Floats:
@@ -103,10 +98,8 @@ def read_embeddings(model: Model, tokens: Ints, layer: int) -> Floats:
 
 
 def token_circuit(q: Floats, k: Floats, rules: Rules, distance: int) -> Floats:
-    """[query, key]: scores of one head's queries with its keys [token, d_head], `distance` positions apart.
-
-    `distance` matters on rotary models only; it must be less than the positions that `rules.rotation` holds.
-    """
+    """[query, key]: scores of one head's queries with its keys [token, d_head], `distance` positions apart, which
+    matters on rotary models only; it must be less than the positions that `rules.rotation` holds."""
     if rules.rotation is not None:
         q = rules.rotation.turn(q, slice(distance, distance + 1))
         k = rules.rotation.turn(k, slice(1))  # only the difference of positions counts, so keys stand at 0
@@ -116,17 +109,15 @@ def token_circuit(q: Floats, k: Floats, rules: Rules, distance: int) -> Floats:
 def output_for_tokens(model: Model, sender: Head, tokens: Ints) -> Floats:
     """[token, d_model]: what `sender` writes when it attends to nothing but one of the ids [token].
 
-    Read as a key by a later head, norms at the mean scale that they have on the embeddings, it shows a diagonal for an
-    induction head fed by a previous-token head: a token looks for the place behind its own copy.
+    Read as a key by an induction head that a previous-token head feeds, it shows a diagonal: a token looks for the
+    place behind its own copy.
     """
     layer, read = model.parts.layers[sender.layer], read_embeddings(model, tokens, sender.layer)
-    if layer.norm:
-        read = layer.norm.linear(read) / layer.norm.scale(read) + layer.norm.offset
-    shared = sender.head * len(layer.weights.W_V) // model.n_heads
-    value = read @ plain(layer.weights.W_V[shared])
-    if layer.weights.b_V is not None:
-        value = value + plain(layer.weights.b_V[shared])
-    return value @ plain(layer.weights.W_O[sender.head])
+    norm, weights = layer.norm or UNCHANGED, layer.weights
+    shared = sender.head * len(weights.W_V) // model.n_heads
+    value = (norm.linear(read) / norm.scale(read) + norm.offset) @ plain(weights.W_V[shared])
+    bias = 0.0 if weights.b_V is None else plain(weights.b_V[shared])
+    return (value + bias) @ plain(weights.W_O[sender.head])
 
 
 def position_circuit(split: SplitHead, rules: Rules) -> Floats | None:
@@ -138,22 +129,15 @@ def position_circuit(split: SplitHead, rules: Rules) -> Floats | None:
 
 
 def singular_directions(sides: tuple[Side, Side], embedded: Floats, scale: float, count: int) -> list[Direction]:
-    """The `count` strongest directions of W_Q W_K^T, norm weights folded in, with the tokens of [token, d_model] along.
-
-    Each is turned so that the token farthest along it as a query is positive. Rotation is left out.
-    """
+    """The `count` strongest directions of W_Q W_K^T, norm weights folded in, with the tokens of [token, d_model] along;
+    the token farthest along each as a query is positive. Rotation is left out."""
     # The matrix has the rank of a head: its SVD is that of the small core between two orthogonal bases.
     (left, query_core), (right, key_core) = (np.linalg.qr(side.folded()) for side in sides)
     inner = np.linalg.svd(query_core @ key_core.T)
-    queries, strengths, keys = left @ inner.U, inner.S, inner.Vh @ right.T
-    norm = sides[0].before
-    scaled = embedded / norm.scale(embedded) if norm else embedded
-    found = []
-    for index in range(min(count, len(strengths))):
-        query, key = scaled @ queries[:, index], scaled @ keys[index]
-        # Singular vectors come with either sign; without a rule it would differ from one machine to the next.
-        sign = np.sign(query[np.argmax(np.abs(query))])
-        share = float(strengths[index] ** 2 / (strengths**2).sum())
-        root = np.sqrt(scale * strengths[index])  # half of the strength to each side: their product is the score
-        found.append(Direction(share, sign * root * query, sign * root * key))
-    return found
+    scaled = embedded / sides[0].before.scale(embedded)
+    root = np.sqrt(scale * inner.S)  # half of the strength to each side: their product is the score
+    queries, keys = scaled @ left @ inner.U * root, scaled @ right @ inner.Vh.T * root
+    # Singular vectors come with either sign; without a rule it would differ from one machine to the next.
+    signs = np.sign(np.take_along_axis(queries, np.abs(queries).argmax(0, keepdims=True), 0))
+    shares = (inner.S**2 / (inner.S**2).sum()).tolist()
+    return [Direction(*found) for found in zip(shares[:count], (signs * queries).T, (signs * keys).T, strict=False)]

@@ -6,16 +6,16 @@ predicts, its logit is taken above the mean logit of all tokens.
 
 1. Total effect: the change of the correct token's logit, through all later layers, because a head attends to its
    targets. To first order (attribution patching: Nanda 2023; Syed et al. 2023, arXiv 2310.10348): the gradient of the
-   logit at the head's output times what its output owes to the targets. The gradient of an output suffices, because
-   sum dL/dP * dP = sum dL/dO * (dP V). So one forward and one backward pass measure all heads, and no pattern is kept.
+   logit at the head's output times what its output owes to the targets. As sum dL/dP * dP = sum dL/dO * (dP V), one
+   forward and one backward pass measure all heads, and no pattern is kept.
 2. Direct effect, from the same pass: the part of it that goes straight into the last residual stream, through the final
    norm with its scale frozen (direct logit attribution: Elhage et al. 2021; Wang et al. 2022, arXiv 2211.00593). Heads
    that act through later heads have a total effect and no direct one.
-3. OV copying, from weights alone: the full OV circuit takes a token that is attended to into logits. Its eigenvalues
-   are positive where tokens raise themselves; the score is their sum over the sum of their sizes (Elhage et al. 2021,
-   "A Mathematical Framework for Transformer Circuits", Summarizing OV/QK matrices). The token enters as the layer
-   really reads it: the residual stream after block 0 on the row (BOS, token), through the layer's own norm; in layer 0
-   the embedding itself. A constant that all tokens share is taken off.
+3. OV copying, from weights alone: the sum of the eigenvalues of the full OV circuit, from attended token to logits,
+   over the sum of their sizes (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", Summarizing
+   OV/QK matrices): they are positive where tokens raise themselves. The token enters as the layer really reads it: the
+   residual stream after block 0 on the row (BOS, token), through the layer's own norm; in layer 0 the embedding itself.
+   A constant that all tokens share is taken off.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from common.attention.call import Call
     from common.loading.model import Model
 
+Kept = dict[int, Tensor]  # by layer, [batch, query, head, d_head]
+
 CHECKED = 16  # tokens that the direct path is checked on
 SAMPLE = 2048  # tokens of the vocabulary that OV copying is measured on
 CLOSE, CLOSE_HALF = 1e-4, 3e-2  # relative differences that are rounding, in float32 and in 16 bits
@@ -61,62 +63,52 @@ def attribute(model: Model, batch: TokenBatch, *, batch_size: int, advance: Adva
     """
     if "edits" in model.refused:
         raise UserError(f"{model.refused['edits']}; so no verdict can be given")
-    parts = in_batches(
-        lambda rows: _attribute_at_once(model, batch.rows(*rows)), len(batch.tokens), batch_size, advance
-    )
-    total, direct = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Attribution(total, direct)
+    rows = len(batch.tokens)
+    parts = in_batches(lambda group: _attribute_at_once(model, batch.rows(*group)), rows, batch_size, advance)
+    return Attribution(*np.concatenate(parts, axis=1))
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What one forward pass leaves behind, by layer: the outputs of the heads, [batch, query, head, d_head], whose
-    gradients the backward pass fills in, and the part of them that is due to the targets; `final`: the last stream."""
-
-    outputs: dict[int, Tensor]
-    due: dict[int, Tensor]
-    final: list[Tensor]
-
-
-def _attribute_at_once(model: Model, batch: TokenBatch) -> tuple[Floats, Floats]:
-    """Total and direct effects, [rows, layers, heads] each, in one forward and one backward pass."""
+def _attribute_at_once(model: Model, batch: TokenBatch) -> Floats:
+    """Total and direct effects, [2, rows, layers, heads], in one forward and one backward pass."""
     row, position = np.nonzero(continuing(batch))
     rows = len(batch.tokens)
+    total, direct = effects = np.full((2, rows, model.n_layers, model.n_heads), np.nan)
     if not len(row):
-        nothing = np.full((rows, model.n_layers, model.n_heads), np.nan)
-        return nothing, nothing.copy()
-    kept = _run_backwards(model, batch, row, position)
-    total, direct = np.zeros((2, rows, model.n_layers, model.n_heads))
+        return effects
+    outputs, due_to_targets, final = _run_backwards(model, batch, row, position)
+    total[row] = 0.0
     correct = _centred_unembedding(model)[torch.from_numpy(batch.tokens[row, position]).to(model.device)]
-    scale = torch.from_numpy(model.parts.norm.scale(plain(kept.final[0][row, position - 1])))
+    scale = torch.from_numpy(model.parts.norm.scale(plain(final[row, position - 1])))
     for layer, parts in enumerate(model.parts.layers):
-        due, slope = kept.due.pop(layer), kept.outputs.pop(layer).grad
+        due, slope = due_to_targets.pop(layer), outputs.pop(layer).grad
         if slope is not None:  # the last layers may reach no token that is read
-            total[:, layer] = (slope.float() * due).sum((1, 3)).double().cpu().numpy()
+            total[:, layer] += plain((slope.float() * due).sum((1, 3)))  # NaN where the row has no such token
         read_off = torch.einsum("rm,hdm->rhd", correct, parts.weights.W_O.float())
         written = (due[row, position - 1] * read_off).sum(-1).double().cpu() / scale
         direct[:, layer] = mean_per_row(written.numpy(), row, rows)
-    empty = np.bincount(row, minlength=rows) == 0
-    total[empty] = direct[empty] = np.nan
-    return total, direct
+    return effects
 
 
-def _run_backwards(model: Model, batch: TokenBatch, row: Ints, position: Ints) -> _Kept:
-    """Run [rows, pos] ids, and the logits of the tokens at (`row`, `position`) back to the outputs of all heads."""
-    kept = _Kept({}, {}, [])
+def _run_backwards(model: Model, batch: TokenBatch, row: Ints, position: Ints) -> tuple[Kept, Kept, Tensor]:
+    """Run [rows, pos] ids, and the logits of the tokens at (`row`, `position`) back to the outputs of all heads.
+
+    By layer: the outputs of the heads, [batch, query, head, d_head], with their gradients, and the part of them that is
+    due to the targets; and the last residual stream.
+    """
+    outputs, due, final = Kept(), Kept(), list[Tensor]()
     cells = batch.cells["prefix_matching"]
     targets = [torch.from_numpy(index).to(model.device) for index in (cells.row, cells.query, cells.key)]
 
     def keep(layer: int, call: Call) -> None:
         call.output.retain_grad()
-        kept.outputs[layer] = call.output
+        outputs[layer] = call.output
         with torch.no_grad():
-            kept.due[layer] = call.due_to(*targets)
+            due[layer] = call.due_to(*targets)
 
     readers = {Place(ONLY_STACK, layer): partial(keep, layer) for layer in range(model.n_layers)}
     # Weights ask for no gradients, so the graph begins where the first block is entered.
     begin = (model.parts.layers[0].block, "input", lambda stream: stream.detach().requires_grad_())
-    end = (model.parts.final_norm, "input", lambda stream: kept.final.append(stream.detach()))
+    end = (model.parts.final_norm, "input", lambda stream: final.append(stream.detach()))
     ids, at, token = (torch.from_numpy(array).to(model.device) for array in (row, position, batch.tokens))
     with torch.enable_grad():
         logits = model.door.run({"input_ids": token}, readers=readers, taps=[begin, end], predictions=(ids, at - 1))
@@ -125,7 +117,7 @@ def _run_backwards(model: Model, batch: TokenBatch, row: Ints, position: Ints) -
         correct = logits.gather(1, token[ids, at][:, None])[:, 0]
         share = torch.from_numpy(1.0 / np.bincount(row, minlength=len(batch.tokens))[row]).to(logits)
         ((correct - logits.mean(1)) * share).sum().backward()
-    return kept
+    return outputs, due, final[0]
 
 
 # --- the way from a head to the logits ---
@@ -133,7 +125,7 @@ def _run_backwards(model: Model, batch: TokenBatch, row: Ints, position: Ints) -
 
 def why_no_direct_path(model: Model) -> str | None:
     """None where what a head writes reaches the final stream as it is, and the logits are an unembedding of the normed
-    final stream; else the reason. Looks at one short run."""
+    final stream; else the reason. Looks at one short row."""
     tokens = np.array([[model.bos, *model.ordinary()[: CHECKED - 1]]])[:, : model.context]
     try:
         check_readout(model, tokens)
@@ -147,13 +139,14 @@ def why_no_direct_path(model: Model) -> str | None:
 def _check_layer(model: Model, tokens: Ints, layer: int) -> None:
     """Raise UserError unless a layer adds to the stream its heads' outputs, a bias and what its MLP writes alone."""
     points = ("resid_pre", "resid_post", "z", "projected", "attn_out", "mlp_out")
-    seen = {name: value for (_, name), value in model.record(tokens, {(layer, name) for name in points}).items()}
-    check_written(model, layer, seen["projected"], seen["attn_out"])
-    heads = torch.einsum("rphd,hdm->rpm", seen["z"], model.parts.layers[layer].weights.W_O)
-    bias = (seen["projected"] - heads)[:1, :1]
-    check_same(heads + bias, seen["projected"], f"layer {layer} writes more than its heads' outputs")
+    seen = model.record(tokens, {(layer, name) for name in points})
+    before, after, z, projected, attention, mlp = (seen[layer, name] for name in points)
+    check_written(model, layer, projected, attention)
+    heads = torch.einsum("rphd,hdm->rpm", z, model.parts.layers[layer].weights.W_O)
+    bias = (projected - heads)[:1, :1]
+    check_same(heads + bias, projected, f"layer {layer} writes more than its heads' outputs")
     complaint = f"layer {layer} adds to the residual stream something else than its attention and its MLP put out"
-    check_same(seen["resid_pre"] + seen["attn_out"] + seen["mlp_out"], seen["resid_post"], complaint)
+    check_same(before + attention + mlp, after, complaint)
 
 
 def check_written(model: Model, layer: int, projected: Tensor, attn_out: Tensor) -> None:
@@ -163,8 +156,7 @@ def check_written(model: Model, layer: int, projected: Tensor, attn_out: Tensor)
 
 def check_readout(model: Model, tokens: Ints) -> None:
     """Raise UserError unless the logits of [rows, pos] ids are the unembedding of the normed final stream."""
-    last = model.n_layers - 1, "resid_post"
-    stream = model.record(tokens, {last})[last]
+    (stream,) = model.record(tokens, {(model.n_layers - 1, "resid_post")}).values()
     complaint = f"'{model.name}' does something else between its last block and its logits than norm and unembed"
     with torch.no_grad():
         check_same(model.parts.unembedding(model.parts.final_norm(stream)), model.logits(tokens), complaint)
@@ -179,14 +171,11 @@ def check_same(one: Tensor, other: Tensor, complaint: str) -> None:
 
 
 def _centred_unembedding(model: Model) -> Tensor:
-    """What raises each token's logit above the mean logit, [d_vocab, d_model], read off the last residual stream.
-
-    The unembedding behind the final norm's gain (and centring, if it centres), but for the scale it divides by.
-    """
+    """What raises each token's logit above the mean logit, [d_vocab, d_model], read off the last residual stream: the
+    unembedding behind the final norm's gain (and centring, if it centres), but for the scale it divides by."""
     weight = unembedding_weights(model.parts)[0].float()
     norm = model.parts.norm
-    gain = torch.from_numpy(norm.gain).to(weight)
-    read_off = (weight - weight.mean(0)) * gain
+    read_off = (weight - weight.mean(0)) * torch.from_numpy(norm.gain).to(weight)
     return read_off - read_off.mean(1, keepdim=True) if norm.centred else read_off
 
 
@@ -194,18 +183,18 @@ def _centred_unembedding(model: Model) -> Tensor:
 
 
 def ov_copying(model: Model) -> Floats:
-    """Copying score of every head's OV circuit, [layers, heads], from -1 (suppresses what it reads) to 1 (copies).
-
-    Meaningful only where `why_no_direct_path` gives None.
-    """
+    """Copying score of every head's OV circuit, [layers, heads], from -1 (suppresses what it reads) to 1 (copies);
+    meaningful only where `why_no_direct_path` gives None."""
     tokens = model.ordinary()
     tokens = tokens[np.unique(np.linspace(0, len(tokens) - 1, min(SAMPLE, len(tokens))).astype(int))]
-    stream = _token_streams(model, tokens)
+    # The residual stream of each token alone after BOS, [tokens, d_model]: entering block 0, and leaving it.
+    points = [(layer, "resid_pre") for layer in range(min(2, model.n_layers))]
+    shown = model.record(np.stack([np.full_like(tokens, model.bos), tokens], axis=1), set(points))
     outwards = _centred_unembedding(model)[torch.from_numpy(tokens).to(model.device)]  # [tokens, d_model]
     scores = np.zeros((model.n_layers, model.n_heads))
     with torch.no_grad():
         for layer, parts in enumerate(model.parts.layers):
-            read = stream[min(layer, 1)]
+            read = shown[points[min(layer, 1)]][:, 1]
             inwards = (read if parts.attention_in is None else parts.attention_in(read)).float()
             inwards = inwards - inwards.mean(0)
             group = model.n_heads // len(parts.weights.W_V)
@@ -221,11 +210,3 @@ def copying_score(circuit: Floats) -> float:
     eigenvalues = np.linalg.eigvals(circuit)
     size = np.abs(eigenvalues).sum()
     return float(eigenvalues.sum().real / size) if size > 1e-12 else 0.0
-
-
-def _token_streams(model: Model, tokens: Ints) -> list[Tensor]:
-    """The residual stream of each token alone after BOS, [tokens, d_model]: entering block 0, and leaving it."""
-    rows = np.stack([np.full_like(tokens, model.bos), tokens], axis=1)
-    points = [(layer, "resid_pre") for layer in range(min(2, model.n_layers))]
-    shown = model.record(rows, set(points))
-    return [shown[point][:, 1] for point in points]

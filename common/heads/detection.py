@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +36,7 @@ LEAST_EFFECT = 0.05  # nats; a smaller effect on the logit is negligible too
 FALSE_POSITIVES = 0.01  # chance that a model without induction has a head that passes
 MOST = 0.5  # "most of its attention"
 
+Bools = NDArray[np.bool_]
 Sums = Mapping[str, RowSums]  # per head type and part of the budget, [rows, layers, heads]
 
 VERDICTS = ("none", "first-token", "previous-token", "duplicate-token", "attends-only", "suppression", "induction")
@@ -44,10 +44,9 @@ VERDICTS = ("none", "first-token", "previous-token", "duplicate-token", "attends
 
 @dataclass(frozen=True)
 class Attention:
-    """Each head's attention to the targets against its own null, [layers, heads] each.
+    """Each head's attention to the targets against its own null, [layers, heads] each and in [0, 1].
 
-    `score`, `control` and `threshold` lie in [0, 1]. `low` and `high` are the ends of the score's 95 % interval.
-    `confidence`, in [0, 1], is that of the decision whether the head attends.
+    `low`, `high`: the ends of the score's 95 % interval. `confidence`: in the decision whether the head attends.
     """
 
     score: Floats
@@ -58,24 +57,23 @@ class Attention:
     confidence: Floats
 
     @property
-    def attends(self) -> NDArray[np.bool_]:
+    def attends(self) -> Bools:
         """Heads whose score reaches their threshold (`score >= threshold`), whatever their effect, [layers, heads]."""
         return self.score >= self.threshold
 
 
 @dataclass(frozen=True)
 class Detection(Attention):
-    """`Attention` with each head's `verdict`, one of `VERDICTS`, [layers, heads].
+    """`Attention` with each head's `verdict`, one of `VERDICTS`, [layers, heads]; `confidence` is that of the verdict.
 
-    `confidence` is that of the verdict. `resampled`: [resamples, layers, heads], which heads are induction heads when
-    rows are drawn again.
+    `resampled`: [resamples, layers, heads], which heads are induction heads when rows are drawn again.
     """
 
     verdict: NDArray[np.str_]
-    resampled: NDArray[np.bool_]
+    resampled: Bools
 
     @property
-    def induction(self) -> NDArray[np.bool_]:
+    def induction(self) -> Bools:
         """Heads that attend to their targets and raise the correct token, [layers, heads]."""
         return self.verdict == "induction"
 
@@ -84,35 +82,17 @@ class Detection(Attention):
         return [Head.at(*place) for place in by_score(self.score) if self.induction[place]]
 
 
-class Precision(NamedTuple):
-    """How well chance is known.
-
-    `error`: standard error of score minus control for a head that ignores the repeat, in standard deviations of its
-    control cells. `freedom`: degrees of freedom of that standard deviation.
-    """
-
-    error: float
-    freedom: int
-
-    @classmethod
-    def of_rows(cls, rows: int) -> Precision:
-        """The precision with `rows` rows and as many control rows."""
-        # At worst all queries of a row say the same: then each of the two means is one of `rows` independent values.
-        return cls(float(np.sqrt(2 / rows)), rows - 1)
-
-
-def attend(repeats: RowSums, controls: RowSums, precision: Precision, *, threshold: float | None = None) -> Attention:
+def attend(repeats: RowSums, controls: RowSums, needed: float, *, threshold: float | None = None) -> Attention:
     """Compare each head's score with its own threshold, or with one `threshold` in [0, 1] for all heads.
 
     `repeats`, `controls`: prefix matching, [rows, layers, heads], at the same cells with and without the repeat.
+    `needed`: how many standard deviations of its control cells a score must lie above their mean (`deviations`).
     """
-    whole = np.ones((1, len(repeats.counts)))
-    score, limit, control = (value[0] for value in _against_null(repeats, controls, whole, precision, threshold))
-    weights = bootstrap_weights(len(repeats.counts))
-    scores, limits, _ = _against_null(repeats, controls, weights, precision, threshold)
-    low, high = percentile_interval(scores)
-    confidence = ((scores >= limits) == (score >= limit)).mean(0)
-    return Attention(score, control, limit, low, high, confidence)
+    weights = _draws(len(repeats.counts))
+    score, limit, control = _against_null(repeats, controls, weights, needed, threshold)
+    low, high = percentile_interval(score[1:])
+    attends = score >= limit
+    return Attention(score[0], control[0], limit[0], low, high, (attends[1:] == attends[0]).mean(0))
 
 
 def detect(repeats: Sums, controls: Sums, effect: Floats, *, threshold: float | None = None) -> Detection:
@@ -122,68 +102,61 @@ def detect(repeats: Sums, controls: Sums, effect: Floats, *, threshold: float | 
     `effect`: total effect on the correct token, [rows, layers, heads], in nats, on any rows with a repeat.
     `threshold`: one number in [0, 1] for all heads in place of their own.
     """
-    rows = len(repeats["prefix_matching"].counts)
-    precision = Precision.of_rows(rows)
-    found = attend(repeats["prefix_matching"], controls["prefix_matching"], precision, threshold=threshold)
-    verdict = _verdicts(repeats, controls, effect.mean(0), np.ones((1, rows)), precision, threshold)[0]
+    queries = repeats["prefix_matching"].counts  # those with a target
+    weights = _draws(len(queries))
+    # At worst all queries of a row say the same: then each of the two means is one of as many values as there are rows.
+    needed = deviations(effect[0].size, float(np.sqrt(2 / len(queries))), len(queries) - 1)
     # Effects are measured on fewer rows than scores, so their rows are drawn again separately, from another seed.
-    effects = resampled_mean(effect, bootstrap_weights(len(effect), seed=1))
-    resampled = _verdicts(repeats, controls, effects, bootstrap_weights(rows), precision, threshold)
-    return Detection(
-        found.score, found.control, found.threshold, found.low, found.high,
-        confidence=(resampled == verdict).mean(0),
-        verdict=np.array(VERDICTS)[verdict],
-        resampled=resampled == VERDICTS.index("induction"),
-    )  # fmt: skip
+    effects = resampled_mean(effect, _draws(len(effect), seed=1))
 
-
-def deviations(heads: int, precision: Precision) -> float:
-    """How many standard deviations of its control cells a head's score must lie above their mean.
-
-    A head that ignores the repeat passes with a probability of at most `FALSE_POSITIVES / heads` (Student's t).
-    """
-    return max(LEAST_DEVIATIONS, float(stdtrit(precision.freedom, 1 - FALSE_POSITIVES / heads)) * precision.error)
-
-
-def _against_null(
-    repeats: RowSums, controls: RowSums, weights: Floats, precision: Precision, threshold: float | None
-) -> tuple[Floats, Floats, Floats]:
-    """Score, threshold and control, [resamples, layers, heads] each; rows count `weights` [resamples, rows] times."""
-    score, _ = repeats.resampled(weights)
-    control, spread = controls.resampled(weights)
-    if threshold is not None:
-        return score, np.full_like(score, threshold), control
-    heads = int(np.prod(score.shape[1:]))
-    return score, control + np.maximum(deviations(heads, precision) * spread, LEAST_LIFT), control
-
-
-def _verdicts(
-    repeats: Sums, controls: Sums, effect: Floats, weights: Floats, precision: Precision, threshold: float | None
-) -> NDArray[np.int64]:
-    """Each head's verdict as its index in `VERDICTS`, [resamples, layers, heads]."""
-
-    def passes(kind: str, fixed: float | None) -> NDArray[np.bool_]:
-        score, limit, _ = _against_null(repeats[kind], controls[kind], weights, precision, fixed)
+    def passes(kind: str, fixed: float | None = None) -> Bools:
+        score, limit, _ = _against_null(repeats[kind], controls[kind], weights, needed, fixed)
         return score >= limit
+
+    def gets_most(part: str) -> Bools:
+        # Divided by all queries with a target, not by those that have a cell of this part: the parts must sum to 1.
+        return np.tensordot(weights, repeats[part].sums, 1) / (weights @ queries)[:, None, None] > MOST
 
     attends = passes("prefix_matching", threshold)
     # The first condition that holds decides. A fixed threshold is about prefix matching, not about earlier copies.
     conditions = {
-        "induction": attends & (effect >= LEAST_EFFECT),
-        "suppression": attends & (effect <= -LEAST_EFFECT),
+        "induction": attends & (effects >= LEAST_EFFECT),
+        "suppression": attends & (effects <= -LEAST_EFFECT),
         "attends-only": attends,
-        "duplicate-token": passes("duplicate_token", None),
-        "previous-token": _budget_part(repeats, "budget_previous", weights) > MOST,
-        "first-token": _budget_part(repeats, "budget_bos", weights) > MOST,
+        "duplicate-token": passes("duplicate_token"),
+        "previous-token": gets_most("budget_previous"),
+        "first-token": gets_most("budget_bos"),
     }
-    return np.select(list(conditions.values()), [VERDICTS.index(name) for name in conditions], VERDICTS.index("none"))
+    verdicts = np.select(list(conditions.values()), list(map(VERDICTS.index, conditions)), VERDICTS.index("none"))
+    found = attend(repeats["prefix_matching"], controls["prefix_matching"], needed, threshold=threshold)
+    parts = vars(found) | {"confidence": (verdicts[1:] == verdicts[0]).mean(0)}
+    resampled = verdicts[1:] == VERDICTS.index("induction")
+    return Detection(**parts, verdict=np.array(VERDICTS)[verdicts[0]], resampled=resampled)
 
 
-def _budget_part(repeats: Sums, part: str, weights: Floats) -> Floats:
-    """The share of its attention, in [0, 1], that a query with a target pays to `part`, [resamples, layers, heads]."""
-    # Divided by all queries with a target, not by those that have a cell of this part: the parts must sum to 1.
-    queries = weights @ repeats["prefix_matching"].counts
-    return np.tensordot(weights, repeats[part].sums, 1) / queries[:, None, None]
+def deviations(heads: int, error: float, freedom: int) -> float:
+    """How many standard deviations of its control cells a head's score must lie above their mean.
+
+    A head that ignores the repeat passes with a probability of at most `FALSE_POSITIVES / heads` (Student's t).
+    `error`: standard error of score minus control for such a head, in standard deviations of its control cells.
+    `freedom`: degrees of freedom of that standard deviation.
+    """
+    return max(LEAST_DEVIATIONS, float(stdtrit(freedom, 1 - FALSE_POSITIVES / heads)) * error)
+
+
+def _draws(rows: int, seed: int = 0) -> Floats:
+    """How often each row counts, [1 + resamples, rows]: first each once, then as they are drawn again."""
+    return np.concatenate([np.ones((1, rows)), bootstrap_weights(rows, seed)])
+
+
+def _against_null(
+    repeats: RowSums, controls: RowSums, weights: Floats, needed: float, threshold: float | None
+) -> tuple[Floats, Floats, Floats]:
+    """Score, threshold and control, [resamples, layers, heads] each; rows count `weights` [resamples, rows] times."""
+    score, _ = repeats.resampled(weights)
+    control, spread = controls.resampled(weights)
+    limit = control + np.maximum(needed * spread, LEAST_LIFT) if threshold is None else np.full_like(score, threshold)
+    return score, limit, control
 
 
 def by_score(score: Floats) -> list[tuple[int, int]]:

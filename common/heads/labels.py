@@ -52,16 +52,16 @@ def choose_labels(wanted: str | None, model: Model, measure_labels: Callable[[],
     if wanted == "causal":
         return measure_labels()
     if wanted == "published":
-        path = published(model)
+        path = _published(model)
         if path is None:
             known = ", ".join(sorted(file.stem for file in PUBLISHED.glob("*.json")))
             raise UserError(f"no published labels for {model.name} (there are some for: {known}); try --labels causal")
     else:
-        path = Path(wanted) if wanted else model.labels_file or published(model)
+        path = Path(wanted) if wanted else model.labels_file or _published(model)
     return read_labels(path, model.n_layers, model.n_heads) if path else None
 
 
-def published(model: Model) -> Path | None:
+def _published(model: Model) -> Path | None:
     """The published table that knows a model of this name, shape and vocabulary, or None."""
     for path in sorted(PUBLISHED.glob("*.json")):
         known = json.loads(path.read_text(encoding="utf-8"))["model"]
@@ -73,11 +73,8 @@ def published(model: Model) -> Path | None:
 
 
 def read_labels(path: Path, n_layers: int, n_heads: int) -> Labels:
-    """Labels from a JSON file.
-
-    Raises UserError if the file is missing, is not valid JSON, has no list "induction_heads", or names a head that does
-    not exist in a model of `n_layers` layers with `n_heads` heads each.
-    """
+    """Labels from a JSON file. Raises UserError if the file is missing, is not valid JSON, has no list
+    "induction_heads", or names a head that does not exist in a model of `n_layers` layers with `n_heads` heads each."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -87,16 +84,14 @@ def read_labels(path: Path, n_layers: int, n_heads: int) -> Labels:
     names = content.get("induction_heads") if isinstance(content, dict) else None
     if not isinstance(names, list):
         raise UserError(f'labels {path} need a list "induction_heads", such as ["5.1", "6.9"]')
-    heads = frozenset(_existing_head(name, path, n_layers, n_heads) for name in names)
-    return Labels(heads, str(content.get("source", path)))
-
-
-def _existing_head(name: object, path: Path, n_layers: int, n_heads: int) -> Head:
-    try:
-        head = Head.parse(name)
-    except UserError as error:
-        raise UserError(f"labels {path}: {error}") from None
-    # Labels are for causal models, which have one stack and so no name for it.
-    if head.stack or head.layer >= n_layers or head.head >= n_heads:
-        raise UserError(f"labels {path}: no head {name} in a model of {n_layers} layers with {n_heads} heads each")
-    return head
+    heads = set()
+    for name in names:
+        try:
+            head = Head.parse(name)
+        except UserError as error:
+            raise UserError(f"labels {path}: {error}") from None
+        # Labels are for causal models, which have one stack and so no name for it.
+        if head.stack or head.layer >= n_layers or head.head >= n_heads:
+            raise UserError(f"labels {path}: no head {name} in a model of {n_layers} layers with {n_heads} heads each")
+        heads.add(head)
+    return Labels(frozenset(heads), str(content.get("source", path)))

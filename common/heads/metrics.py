@@ -33,44 +33,32 @@ class Metrics:
 
     def sentence(self) -> str:
         """Precision, recall and F1 for a reader, F1 with its interval."""
-        low, high = self.intervals["f1"]
-        return (
-            f"precision {self.precision:.2f}, recall {self.recall:.2f}, "
-            f"F1 {self.f1:.2f} (95 % over rows: {low:.2f} to {high:.2f})"
-        )
+        interval = "95 % over rows: {:.2f} to {:.2f}".format(*self.intervals["f1"])
+        return f"precision {self.precision:.2f}, recall {self.recall:.2f}, F1 {self.f1:.2f} ({interval})"
 
 
 def evaluate(detected: HeadMask, score: Floats, resampled: HeadMask, labels: Labels) -> Metrics:
-    """Precision, recall and F1 of `detected`, average precision of `score`, both [layers, heads].
-
-    `resampled`: [resamples, layers, heads], what is detected when rows are drawn again.
-    """
+    """Precision, recall and F1 of `detected`, average precision of `score`, both [layers, heads]. `resampled`:
+    [resamples, layers, heads], what is detected when rows are drawn again."""
     from sklearn.metrics import average_precision_score  # not above: importing sklearn writes to os.environ
 
     truth = labels.mask(detected.shape)
-    precision, recall, f1 = agreement(truth, detected)
     average = float(average_precision_score(truth.ravel(), score.ravel())) if truth.any() else None
-    # Most resamples detect the same heads, so each different outcome is evaluated once.
-    different, which = np.unique(resampled.reshape(len(resampled), -1), axis=0, return_inverse=True)
-    drawn = np.array([agreement(truth, again.reshape(truth.shape)) for again in different])[which.ravel()]
-    low, high = percentile_interval(drawn)
+    low, high = percentile_interval(agreement(truth, resampled).T)
     names = ("precision", "recall", "f1")
-    intervals = {name: (float(low[place]), float(high[place])) for place, name in enumerate(names)}
+    intervals = dict(zip(names, zip(low.tolist(), high.tolist(), strict=True), strict=True))
+    precision, recall, f1 = agreement(truth, detected).tolist()
     return Metrics(precision, recall, f1, average, labels.source, intervals)
 
 
-def agreement(truth: HeadMask, detected: HeadMask) -> tuple[float, float, float]:
-    """Precision, recall and F1 of `detected` against `truth`, both [layers, heads], each in [0, 1].
+def agreement(truth: HeadMask, detected: HeadMask) -> Floats:
+    """Precision, recall and F1 of `detected` [..., layers, heads] against `truth` [layers, heads], each in [0, 1].
 
-    Undefined cases are decided: if nothing is labelled and nothing detected, all three are 1.0; otherwise a share of
-    nothing is 0.0.
+    The result is [3, ...]. Undefined cases are decided: if nothing is labelled and nothing detected, all three are 1.0;
+    otherwise a share of nothing is 0.0.
     """
-    from sklearn.metrics import precision_recall_fscore_support
-
-    # sklearn would call "nothing to find, nothing found" 0.0, and a right answer would look like the worst one.
-    if not truth.any() and not detected.any():
-        return 1.0, 1.0, 1.0
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        truth.ravel(), detected.ravel(), average="binary", zero_division=0.0
-    )
-    return float(precision), float(recall), float(f1)
+    hits, found = (truth & detected).sum((-2, -1)), detected.sum((-2, -1))
+    both = found + truth.sum()
+    shares = np.stack([hits / np.maximum(found, 1), hits / max(truth.sum(), 1), 2 * hits / np.maximum(both, 1)])
+    # Otherwise "nothing to find, nothing found" would be 0.0, and a right answer would look like the worst one.
+    return np.where(both == 0, 1.0, shares)

@@ -10,7 +10,7 @@ the blocks change a score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,8 @@ import torch
 
 from common.attention.batches import Advance, in_batches
 from common.heads.statistics import Floats, Ints, RowSums
-from common.heads.tokens import BUDGET, Battery, Cells, TokenBatch
+from common.heads.tokens import BUDGET, Cells, TokenBatch
+from common.loading.families import plain
 
 if TYPE_CHECKING:
     from common.attention.call import Call
@@ -28,31 +29,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Per head type, and per part of the attention budget, the attention that a query pays to its cells: `sums` holds
-    its sums per row, [rows, layers, heads], and `chance` the score of a head that attends uniformly."""
+    """Per head type, and per part of the attention budget, the attention that a query pays to its cells: its `sums` per
+    row, [rows, layers, heads]."""
 
     sums: dict[str, RowSums]
-    chance: dict[str, float]
 
     def mean(self, head_type: str) -> Floats:
         """[layers, heads], each in [0, 1]; NaN where no query has a cell."""
         return self.sums[head_type].mean()
 
-    def std(self, head_type: str) -> Floats:
-        """Standard deviation over queries, [layers, heads]; NaN where no query has a cell."""
-        return self.sums[head_type].std()
-
     def budget(self) -> dict[str, Floats]:
         """What a query with a target pays to each part of `BUDGET`, [layers, heads] each; the parts sum to 1."""
         queries = self.sums["prefix_matching"].counts.sum()
-        parts: dict[str, Floats] = {"targets": self.mean("prefix_matching")}
-        for part in BUDGET[1:-1]:
-            parts[part] = self.sums[f"budget_{part}"].sums.sum(0) / queries
-        return {**parts, "other": 1.0 - np.sum(list(parts.values()), axis=0)}
+        kinds = ["prefix_matching", *(f"budget_{part}" for part in BUDGET[1:-1])]
+        parts = [self.sums[kind].sums.sum(0) / queries for kind in kinds]
+        return dict(zip(BUDGET, [*parts, 1.0 - np.sum(parts, axis=0)], strict=True))
 
     def __add__(self, other: HeadScores) -> HeadScores:
-        """The scores of both lots of rows; `chance` is that of the first."""
-        return HeadScores({kind: sums + other.sums[kind] for kind, sums in self.sums.items()}, self.chance)
+        return HeadScores({kind: sums + other.sums[kind] for kind, sums in self.sums.items()})
 
 
 def score(model: Model, batch: TokenBatch, *, batch_size: int, advance: Advance = lambda rows: None) -> HeadScores:
@@ -60,21 +54,22 @@ def score(model: Model, batch: TokenBatch, *, batch_size: int, advance: Advance 
 
     `batch.tokens`: [rows, pos] ids, at most `model.context` long.
     """
-    parts = in_batches(lambda rows: _score_at_once(model, batch.rows(*rows)), len(batch.tokens), batch_size, advance)
-    sums, squares = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
-    summed = {}
-    for kind, cells, its_sums, its_squares in zip(batch.cells, batch.cells.values(), sums, squares, strict=True):
-        counts = np.bincount(cells.group_row, minlength=len(batch.tokens))
-        summed[kind] = RowSums(its_sums, its_squares, counts)
-    return HeadScores(summed, {kind: cells.chance() for kind, cells in batch.cells.items()})
+    rows = len(batch.tokens)
+    parts = in_batches(lambda group: _score_at_once(model, batch.rows(*group)), rows, batch_size, advance)
+    sums, squares = np.concatenate(parts, axis=2)
+    counts = [np.bincount(cells.queries()[0], minlength=rows) for cells in batch.cells.values()]
+    return HeadScores(dict(zip(batch.cells, map(RowSums, sums, squares, counts), strict=True)))
 
 
-def score_battery(
-    model: Model, drawn: Battery, *, batch_size: int, advance: Advance = lambda rows: None
-) -> tuple[HeadScores, HeadScores]:
-    """Scores of every head on rows with a repeat and on their controls, which are read at the same cells."""
-    repeats = score(model, drawn.repeats, batch_size=batch_size, advance=advance)
-    return repeats, score(model, drawn.controls, batch_size=batch_size, advance=advance)
+def _score_at_once(model: Model, batch: TokenBatch) -> Floats:
+    """What queries pay to their cells, and its square, summed: [2, head types, rows, layers, heads]."""
+    totals: dict[int, torch.Tensor] = {}
+
+    def add(layer: int, start: int, paid: torch.Tensor) -> None:
+        totals[layer] = totals.get(layer, 0.0) + torch.stack([paid.sum(2), paid.square().sum(2)])
+
+    _read_cells(model, batch.tokens, list(batch.cells.values()), add)
+    return np.stack([plain(totals[layer]) for layer in range(model.n_layers)], 3)
 
 
 def per_query(model: Model, batch: TokenBatch, *, batch_size: int) -> Floats:
@@ -83,114 +78,58 @@ def per_query(model: Model, batch: TokenBatch, *, batch_size: int) -> Floats:
     def at_once(rows: tuple[int, int]) -> Floats:
         part = batch.rows(*rows)
         cells = part.cells["prefix_matching"]
-        every = np.arange(len(cells.group_row))
-        return _summed(model, part.tokens, _CellsByQuery.of(model, part, [cells], [every]), len(every))[0]
+        every = np.zeros((*part.tokens.shape, model.n_layers, model.n_heads))
+
+        def keep(layer: int, start: int, paid: torch.Tensor) -> None:
+            every[:, start : start + paid.shape[2], layer] = plain(paid[0])
+
+        _read_cells(model, part.tokens, [cells], keep)
+        return every[cells.queries()]
 
     return np.concatenate(in_batches(at_once, len(batch.tokens), batch_size))
 
 
-def patterns(model: Model, tokens: Ints, wanted: Sequence[tuple[int, int | None]]) -> list[Floats]:
-    """The attention patterns on one row of ids that `wanted` names, each [query, key].
+def _read_cells(
+    model: Model, tokens: Ints, kinds: Sequence[Cells], take: Callable[[int, int, torch.Tensor], None]
+) -> None:
+    """Run [rows, pos] ids and hand on what queries pay to their cells, block by block: `take(layer, first query of the
+    block, paid)`, `paid` being [kinds, rows, queries, heads]."""
+    kind = np.repeat(np.arange(len(kinds)), [len(cells.row) for cells in kinds])
+    row, query, key = (np.concatenate([getattr(cells, of) for cells in kinds]) for of in ("row", "query", "key"))
+    order = np.argsort(query, kind="stable")  # so that the cells of a block lie side by side
+    before = np.searchsorted(query[order], np.arange(tokens.shape[1] + 1))  # how many cells lie before each query
+    sorted_cells = torch.from_numpy(np.stack([kind, row, query, key])[:, order]).to(model.device)
+
+    exact = torch.float32 if model.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+
+    def read(layer: int, call: Call) -> None:
+        for start, pattern in call.blocks():
+            _, heads, length, _ = pattern.shape
+            kind, row, query, key = sorted_cells[:, before[start] : before[start + length]]
+            cells = pattern[row, :, query - start, key].to(exact)
+            paid = cells.new_zeros(len(kinds) * len(tokens) * length, heads)
+            paid.index_add_(0, (kind * len(tokens) + row) * length + query - start, cells)
+            take(layer, start, paid.view(len(kinds), len(tokens), length, heads))
+
+    model.read(tokens, read)
+
+
+def patterns(
+    model: Model, tokens: Ints, wanted: Sequence[tuple[int, int | None]], places: Sequence[int] | None = None
+) -> list[Floats]:
+    """The attention patterns on one row of ids that `wanted` names, each [query, key], at some `places` or all.
 
     A wanted (layer, head) is that head's pattern, (layer, None) the mean over the heads of the layer.
     """
     kept: dict[tuple[int, int | None], Floats] = {}
+    places = range(len(tokens)) if places is None else places
+    rows, columns = np.ix_(places, places)
 
     def keep(layer: int, call: Call) -> None:
         pattern = call.pattern()[0]
         for at, head in wanted:
             if at == layer:
-                kept[at, head] = (pattern.mean(0) if head is None else pattern[head]).double().cpu().numpy()
+                kept[at, head] = plain((pattern.mean(0) if head is None else pattern[head])[rows, columns])
 
     model.read(tokens[None], keep, sorted({layer for layer, _ in wanted}))
     return [kept[which] for which in wanted]
-
-
-def every_pattern(model: Model, tokens: Ints, places: Sequence[int]) -> Floats:
-    """The patterns of all heads on one row of ids at the chosen positions, [layers, heads, place, place]."""
-    found = np.zeros((model.n_layers, model.n_heads, len(places), len(places)))
-    rows, columns = np.ix_(places, places)
-
-    def keep(layer: int, call: Call) -> None:
-        found[layer] = call.pattern()[0, :, rows, columns].double().cpu().numpy()
-
-    model.read(tokens[None], keep)
-    return found
-
-
-def _score_at_once(model: Model, batch: TokenBatch) -> tuple[Floats, Floats]:
-    """Sums and squares, [head types, rows, layers, heads] each, in one forward pass."""
-    rows = len(batch.tokens)
-    kinds = list(batch.cells.values())
-    totals = [number * rows + cells.group_row for number, cells in enumerate(kinds)]
-    sums, squares = _summed(model, batch.tokens, _CellsByQuery.of(model, batch, kinds, totals), len(kinds) * rows)
-    shape = (len(kinds), rows, *sums.shape[1:])
-    return sums.reshape(shape), squares.reshape(shape)
-
-
-@dataclass(frozen=True)
-class _CellsByQuery:
-    """Cells of any kinds in the order of their queries, so that those of a block of queries lie side by side.
-
-    `cells`: row, query, key and group of each, [4, cells]; a group is the cells of one kind that one query has.
-    `total`: [groups], the number of the sum that each goes to.
-    Before query i come `cells_before[i]` cells and `groups_before[i]` groups.
-    """
-
-    cells: torch.Tensor
-    total: torch.Tensor
-    cells_before: Ints
-    groups_before: Ints
-
-    @classmethod
-    def of(cls, model: Model, batch: TokenBatch, kinds: Sequence[Cells], totals: Sequence[Ints]) -> _CellsByQuery:
-        """The cells of all kinds, with the sums that the groups of each kind go to; on the model's device."""
-        offsets = np.cumsum([0, *(len(cells.group_row) for cells in kinds)])
-        group = np.concatenate([cells.group + offset for cells, offset in zip(kinds, offsets, strict=False)])
-        row, query, key = (np.concatenate([getattr(cells, of) for cells in kinds]) for of in ("row", "query", "key"))
-        query_of_group = np.zeros(offsets[-1], dtype=np.int64)
-        query_of_group[group] = query
-        groups = np.argsort(query_of_group, kind="stable")
-        group = np.argsort(groups)[group]
-        cells = np.argsort(group, kind="stable")
-        every = np.arange(batch.tokens.shape[1] + 1)
-        return cls(
-            cells=torch.from_numpy(np.stack([row, query, key, group])[:, cells]).to(model.device),
-            total=torch.from_numpy(np.concatenate(totals)[groups]).to(model.device),
-            cells_before=np.searchsorted(query[cells], every),
-            groups_before=np.searchsorted(query_of_group[groups], every),
-        )
-
-    def paid(self, pattern: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the queries of a block from `start` on pay to their cells, [groups, heads], and their totals [groups].
-
-        `pattern`: [batch, head, queries, keys].
-        """
-        stop = start + pattern.shape[2]
-        row, query, key, group = self.cells[:, self.cells_before[start] : self.cells_before[stop]]
-        first, last = self.groups_before[start], self.groups_before[stop]
-        read = pattern[row, :, query - start, key].to(_exact(pattern.device))
-        paid = read.new_zeros(last - first, pattern.shape[1]).index_add_(0, group - first, read)
-        return paid, self.total[first:last]
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    """What to sum in: float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _summed(model: Model, tokens: Ints, cells: _CellsByQuery, n_totals: int) -> tuple[Floats, Floats]:
-    """Per total, what its queries pay to their cells, summed, and the squares of what each query pays, summed: both
-    [totals, layers, heads]."""
-    shape = (model.n_layers, n_totals, model.n_heads)
-    sums, squares = (torch.zeros(shape, dtype=_exact(model.device), device=model.device) for _ in range(2))
-
-    def add(layer: int, call: Call) -> None:
-        for start, pattern in call.blocks():
-            paid, total = cells.paid(pattern, start)
-            sums[layer].index_add_(0, total, paid)
-            squares[layer].index_add_(0, total, paid.square())
-
-    model.read(tokens, add)
-    total, square = (of.movedim(0, 1).double().cpu().numpy() for of in (sums, squares))
-    return total, square

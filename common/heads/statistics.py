@@ -31,17 +31,12 @@ class RowSums:
     counts: Ints
 
     def __add__(self, other: RowSums) -> RowSums:
-        """The rows of both, these first."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return RowSums(*(np.concatenate(pair) for pair in pairs))
 
     def mean(self) -> Floats:
         """Mean over all values, [...]; NaN if there are none."""
-        return self.resampled(np.ones((1, len(self.counts))))[0][0]
-
-    def std(self) -> Floats:
-        """Standard deviation over all values (divided by their number), [...]; NaN if there are none."""
-        return self.resampled(np.ones((1, len(self.counts))))[1][0]
+        return divided(self.sums.sum(0, keepdims=True), self.counts.sum(keepdims=True))[0]
 
     def resampled(self, weights: Floats) -> tuple[Floats, Floats]:
         """Mean and standard deviation, each [resamples, ...], with each row counted `weights` [resamples, rows] times;

@@ -14,7 +14,7 @@ import numpy as np
 from common.attention.batches import Advance, Progress, silent
 from common.heads.attribution import attribute, ov_copying, why_no_direct_path
 from common.heads.detection import Detection, detect
-from common.heads.scores import HeadScores, score_battery
+from common.heads.scores import HeadScores, score
 from common.heads.statistics import Floats
 from common.heads.tokens import ROW_LENGTH, Battery, battery
 
@@ -43,14 +43,10 @@ class Evidence:
     no_direct_path: str | None = None
 
     def __add__(self, other: Evidence) -> Evidence:
-        """The evidence of both lots of rows."""
-        return Evidence(
-            self.repeats + other.repeats,
-            self.controls + other.controls,
-            np.concatenate([self.total, other.total]),
-            np.concatenate([self.direct, other.direct]),
-            self.no_direct_path,
-        )
+        total = np.concatenate([self.total, other.total])
+        direct = np.concatenate([self.direct, other.direct])
+        repeats, controls = self.repeats + other.repeats, self.controls + other.controls
+        return Evidence(repeats, controls, total, direct, self.no_direct_path)
 
     def decide(self, threshold: float | None) -> Detection:
         """The verdict on every head, each against its own threshold (None) or against one for all."""
@@ -74,14 +70,9 @@ class Survey:
 
 
 def survey(
-    model: Model,
-    *,
-    seed: int,
-    batch_size: int,
-    threshold: float | None = None,
-    length: int = ROW_LENGTH,
+    model: Model, *, seed: int, batch_size: int, threshold: float | None = None, length: int = ROW_LENGTH,
     progress: Progress = silent,
-) -> Survey:
+) -> Survey:  # fmt: skip
     """Score the heads of `model` on battery rows, and add rows until every verdict's confidence reaches `SURE`.
 
     `length`: tokens of a row, or the context if that is shorter. `threshold`: one number in [0, 1] for all heads in
@@ -89,23 +80,24 @@ def survey(
     """
     length = min(length, model.context)
     steps = 2 * LOT + EFFECT_ROWS  # repeats and controls are scored, effects measured on some of them
-    no_direct_path = why_no_direct_path(model)
+    reason = why_no_direct_path(model)
     state: Survey | None = None
     while state is None or not (state.settled or state.rows >= MOST_ROWS):
         first = state.rows if state else 0
         lot = battery(model.ordinary(), model.bos, rows=LOT, length=length, seed=seed, first=first)
         with progress(f"scoring heads, rows {first + 1} to {first + LOT}", steps) as advance:
-            evidence = gather_evidence(model, lot, no_direct_path, batch_size=batch_size, advance=advance)
+            evidence = gather_evidence(model, lot, batch_size=batch_size, advance=advance, no_direct_path=reason)
         evidence = state.evidence + evidence if state else evidence
         state = Survey(evidence.decide(threshold), evidence, first + LOT, lot.repeats.tokens.shape[1])
     return state
 
 
 def gather_evidence(
-    model: Model, drawn: Battery, no_direct_path: str | None, *, batch_size: int, advance: Advance
+    model: Model, drawn: Battery, *, batch_size: int, advance: Advance, no_direct_path: str | None = None
 ) -> Evidence:
     """The evidence of one lot of rows; `advance` is told how many rows each pass has finished."""
-    repeats, controls = score_battery(model, drawn, batch_size=batch_size, advance=advance)
+    repeats = score(model, drawn.repeats, batch_size=batch_size, advance=advance)
+    controls = score(model, drawn.controls, batch_size=batch_size, advance=advance)
     found = attribute(model, drawn.repeats.rows(0, EFFECT_ROWS), batch_size=batch_size, advance=advance)
     # No verdict needs the direct effect, so its absence stops nothing.
     direct = np.full_like(found.direct, np.nan) if no_direct_path else found.direct

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.heads.detection import Attention, Precision, attend
+from common.heads.detection import Attention, attend, deviations
 from common.heads.scores import HeadScores, per_query, score
-from common.heads.statistics import Floats, Ints, RowSums
+from common.heads.statistics import Ints, RowSums
 from common.heads.tokens import TokenBatch, with_controls
 
 if TYPE_CHECKING:
@@ -49,27 +49,18 @@ def score_text(model: Model, tokens: Ints, *, seed: int, batch_size: int, thresh
     cells = batch.cells["prefix_matching"]
     attention = None
     compared, controls = with_controls(batch, model.ordinary(), rows=CONTROL_ROWS, seed=seed)
-    if len(compared.cells["prefix_matching"].group_row):
+    if len(compared.cells["prefix_matching"].row):
         paid = per_query(model, compared, batch_size=1)
         null = per_query(model, controls, batch_size=batch_size).reshape(CONTROL_ROWS, *paid.shape)
-        attention = _attend_by_query(paid, null, threshold)
+        counts = np.ones(len(paid), dtype=np.int64)  # each query counts as a row
+        # Variance of a mean over the text's queries, plus that of the null's mean, which is known from as many times
+        # more values. The spread of the null comes from `CONTROL_ROWS` rows, whose queries share their tokens.
+        error = float(np.sqrt((1 + 1 / CONTROL_ROWS) / len(paid)))
+        attention = attend(
+            RowSums(paid, paid**2, counts),
+            RowSums(null.sum(0), (null**2).sum(0), counts * CONTROL_ROWS),
+            deviations(paid[0].size, error, CONTROL_ROWS - 1),
+            threshold=threshold,
+        )
     pairs = list(zip(cells.query.tolist(), cells.key.tolist(), strict=True))
-    return TextScores(score(model, batch, batch_size=1), len(cells.group_row), attention, pairs)
-
-
-def _attend_by_query(paid: Floats, null: Floats, threshold: float | None) -> Attention:
-    """Compare attention with its null, each query counted as a row.
-
-    `paid`: [queries, layers, heads], on the text. `null`: [controls, queries, layers, heads], on its control rows.
-    """
-    queries, controls = len(paid), len(null)
-    counts = np.ones(queries, dtype=np.int64)
-    # Variance of a mean over the text's queries, plus that of the null's mean, which is known from `controls` times as
-    # many values. The spread of the null comes from `controls` rows, whose queries share their tokens.
-    precision = Precision(float(np.sqrt((1 + 1 / controls) / queries)), freedom=controls - 1)
-    return attend(
-        RowSums(paid, paid**2, counts),
-        RowSums(null.sum(0), (null**2).sum(0), counts * controls),
-        precision,
-        threshold=threshold,
-    )
+    return TextScores(score(model, batch, batch_size=1), len(cells.queries()[0]), attention, pairs)

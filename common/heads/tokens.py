@@ -38,36 +38,24 @@ SHORTEST = 8  # BOS, a segment of two tokens twice, and some room for a gap
 
 @dataclass(frozen=True)
 class Cells:
-    """Cells of the attention pattern, grouped by the query they belong to.
-
-    `row`, `query`, `key`, `group`: [cells]. `group` numbers the (row, query) pair that a cell belongs to, and
-    `group_row`: [groups] is the row of that pair.
-    """
+    """Cells of the attention pattern: the `row`, `query` and `key` of each, [cells]."""
 
     row: Ints
     query: Ints
     key: Ints
-    group: Ints
-    group_row: Ints
-
-    @classmethod
-    def of(cls, row: Ints, query: Ints, key: Ints) -> Cells:
-        """Group the cells by their (row, query)."""
-        pairs = np.stack([row, query], axis=1).reshape(-1, 2)
-        unique, group = np.unique(pairs, axis=0, return_inverse=True)
-        # NumPy 2.0 returns the inverse as [cells, 1], other versions as [cells].
-        return cls(row, query, key, group.reshape(-1), unique[:, 0])
 
     def rows(self, start: int, stop: int) -> Cells:
         """The cells of rows start to stop - 1, rows counted from `start`."""
-        inside = (self.row >= start) & (self.row < stop)
-        return Cells.of(self.row[inside] - start, self.query[inside], self.key[inside])
+        inside = self.only((self.row >= start) & (self.row < stop))
+        return Cells(inside.row - start, inside.query, inside.key)
 
-    def chance(self) -> float:
-        """The score of a head that attends uniformly to what it may see, in [0, 1]; NaN without cells."""
-        if not len(self.group_row):
-            return float("nan")
-        return float(np.sum(1.0 / (self.query + 1)) / len(self.group_row))
+    def only(self, chosen: NDArray[np.bool_]) -> Cells:
+        return Cells(self.row[chosen], self.query[chosen], self.key[chosen])
+
+    def queries(self) -> tuple[Ints, Ints]:
+        """(row, query), each [queries]: the queries that have a cell; by row, then by query."""
+        row, query = np.unique(np.stack([self.row, self.query]), axis=1)
+        return row, query
 
 
 @dataclass(frozen=True)
@@ -84,14 +72,13 @@ class TokenBatch:
 
     @classmethod
     def of(cls, rows: list[Ints], pad: int) -> TokenBatch:
-        """Pad `rows` (each with BOS first) with `pad` on the right and find the cells of every head type."""
+        """Pad `rows` (each with BOS first) with `pad` and find the cells of every head type."""
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         # On the right: attention is causal, so no token ever sees the padding.
         tokens = np.full((len(rows), int(lengths.max(initial=0))), pad, dtype=np.int64)
-        for padded, row in zip(tokens, rows, strict=True):
-            padded[: len(row)] = row
+        tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.concatenate(rows)
         cells = head_type_cells(tokens, lengths)
-        return cls(tokens, lengths, {**cells, **budget_cells(cells, tokens.shape[1])})
+        return cls(tokens, lengths, cells | _budget_cells(cells, tokens.shape))
 
     def rows(self, start: int, stop: int) -> TokenBatch:
         """Rows start to stop - 1."""
@@ -100,88 +87,67 @@ class TokenBatch:
 
 
 def head_type_cells(tokens: Ints, lengths: Ints) -> dict[str, Cells]:
-    """The cells of every head type.
-
-    `tokens`: [rows, pos] ids. `lengths`: [rows], how many tokens of each row count; the rest is padding.
-    """
-    row, query, key = earlier_copies(tokens, lengths)
+    """The cells of every head type in [rows, pos] ids, of which `lengths` [rows] count; the rest is padding."""
+    row, query, key = _earlier_copies(tokens, lengths)
     follows = key + 1 < query  # the token after an adjacent copy is the query itself
-    every_row, every_query = np.nonzero(np.arange(tokens.shape[1]) < lengths[:, None])
-    later = every_query >= 1
+    every_row, every_query = np.nonzero(np.arange(1, tokens.shape[1]) < lengths[:, None])
+    every_query += 1  # BOS sees itself alone
     second = every_query >= 2  # the previous token of query 1 is BOS, which first_token is about
     return {
-        "prefix_matching": Cells.of(row[follows], query[follows], key[follows] + 1),
-        "previous_token": Cells.of(every_row[second], every_query[second], every_query[second] - 1),
-        "duplicate_token": Cells.of(row, query, key),
-        "first_token": Cells.of(every_row[later], every_query[later], np.zeros_like(every_query[later])),
-        "current_token": Cells.of(every_row[later], every_query[later], every_query[later]),
+        "prefix_matching": Cells(row[follows], query[follows], key[follows] + 1),
+        "previous_token": Cells(every_row[second], every_query[second], every_query[second] - 1),
+        "duplicate_token": Cells(row, query, key),
+        "first_token": Cells(every_row, every_query, np.zeros_like(every_query)),
+        "current_token": Cells(every_row, every_query, every_query),
     }
 
 
-def budget_cells(cells: dict[str, Cells], width: int) -> dict[str, Cells]:
+def _budget_cells(cells: dict[str, Cells], batch_shape: tuple[int, ...]) -> dict[str, Cells]:
     """The cells of the budget's parts other than `targets` and `other`, of queries with a target; no cell is in two.
 
-    `cells`: those of the head types, in rows of `width` tokens.
+    `cells`: those of the head types, in rows and positions of `batch_shape`.
     """
-    targets, copies = cells["prefix_matching"], cells["duplicate_token"]
-    row, query = np.unique(np.stack([targets.row, targets.query]), axis=1)
-    has_target = np.isin(_code(copies.row, copies.query, 0, width), _code(row, query, 0, width))
-    candidates = {
-        "previous": (row, query, query - 1),
-        "self": (row, query, query),
-        "duplicates": (copies.row[has_target], copies.query[has_target], copies.key[has_target]),
-        "bos": (row, query, np.zeros_like(query)),
-    }
+    has_target = np.zeros(batch_shape, dtype=bool)
+    has_target[cells["prefix_matching"].row, cells["prefix_matching"].query] = True
+    parts: dict[str, Cells] = {}
+    taken = np.zeros(0, dtype=np.int64)
     # In this order each part gets what no part before it took: a target that is also the previous token is a target.
-    taken = _code(targets.row, targets.query, targets.key, width)
-    parts = {}
-    for part, indices in candidates.items():
-        code = _code(*indices, width)
-        free = ~np.isin(code, taken)
-        parts[f"budget_{part}"] = Cells.of(*(index[free] for index in indices))
-        taken = np.concatenate([taken, code])
+    order = ("prefix_matching", "previous_token", "current_token", "duplicate_token", "first_token")
+    for part, kind in zip(BUDGET[:-1], order, strict=True):
+        its = cells[kind]
+        number = (its.row * batch_shape[1] + its.query) * batch_shape[1] + its.key
+        parts[f"budget_{part}"] = its.only(has_target[its.row, its.query] & ~np.isin(number, taken))
+        taken = np.concatenate([taken, number])
+    del parts["budget_targets"]  # that is prefix matching
     return parts
 
 
-def _code(row: Ints, query: Ints, key: Ints | int, width: int) -> Ints:
-    """One number per (row, query, key), so that sets of cells can be compared by `np.isin`."""
-    return (row * width + query) * width + key
-
-
-def earlier_copies(tokens: Ints, lengths: Ints) -> tuple[Ints, Ints, Ints]:
-    """(row, query, key), each [pairs]: all pairs with 0 < key < query and the same token at both.
-
-    Takes time linear in the number of pairs. `tokens`: [rows, pos] ids. `lengths`: [rows].
-    """
-    row, position = np.nonzero(np.arange(tokens.shape[1]) < lengths[:, None])
-    row, position = row[position > 0], position[position > 0]  # BOS is no earlier copy, even of a BOS in the text
+def _earlier_copies(tokens: Ints, lengths: Ints) -> tuple[Ints, Ints, Ints]:
+    """(row, query, key), each [pairs]: all pairs with 0 < key < query and the same token at both, in linear time."""
+    row, position = np.nonzero(np.arange(1, tokens.shape[1]) < lengths[:, None])
+    position += 1  # BOS is no earlier copy, even of a BOS in the text
     token = tokens[row, position]
     # After sorting, the copies of a token in a row are a run of neighbours, in the order of their positions.
     order = np.lexsort((position, token, row))
     row, position, token = row[order], position[order], token[order]
     index = np.arange(len(order))
-    starts = np.ones(len(order), dtype=bool)
-    starts[1:] = (row[1:] != row[:-1]) | (token[1:] != token[:-1])
+    starts = (np.diff(row, prepend=-1) != 0) | (np.diff(token, prepend=-1) != 0)
     first = np.maximum.accumulate(np.where(starts, index, 0))
     n_earlier = index - first
     # Each copy is paired with all n_earlier members of its run before it: first, first + 1, and so on.
     later = np.repeat(index, n_earlier)
-    offset = np.arange(len(later)) - np.repeat(np.cumsum(n_earlier) - n_earlier, n_earlier)
-    earlier = np.repeat(first, n_earlier) + offset
+    earlier = np.arange(len(later)) + np.repeat(first - np.cumsum(n_earlier) + n_earlier, n_earlier)
     return row[later], position[later], position[earlier]
 
 
 def continuing(batch: TokenBatch) -> NDArray[np.bool_]:
     """Which tokens, [rows, pos], induction predicts: those that follow their predecessor as an earlier copy of it did.
-
-    The first token of a second copy is not among them: nothing predicts it.
-    """
+    The first token of a second copy is not among them."""
     cells = batch.cells["prefix_matching"]
-    inside = cells.query + 1 < batch.lengths[cells.row]
-    row, query, key = cells.row[inside], cells.query[inside], cells.key[inside]
-    same = batch.tokens[row, query + 1] == batch.tokens[row, key]
+    cells = cells.only(cells.query + 1 < batch.lengths[cells.row])
+    same = batch.tokens[cells.row, cells.query + 1] == batch.tokens[cells.row, cells.key]
     mask = np.zeros(batch.tokens.shape, dtype=bool)
-    mask[row[same], query[same] + 1] = True
+    mask[cells.row[same], cells.query[same] + 1] = True
     return mask
 
 
@@ -234,9 +200,9 @@ def with_controls(text: TokenBatch, ordinary: Ints, *, rows: int, seed: int) -> 
     """The one text in `text` and `rows` control rows of it, both to be read at the same prefix-matching cells.
 
     As in the battery, what repeats is drawn afresh: every token with an earlier copy becomes an ordinary token that the
-    text does not hold. Where these are too few, it becomes any ordinary token but those that now stand at the places of
-    its earlier copies, so that no cell that is read is a target by chance. A query with as many earlier copies as there
-    are ordinary tokens cannot be freed of chance targets and is left out of both.
+    text does not hold, or, where these are too few, any but those that now stand at the places of its earlier copies,
+    so that no cell that is read is a target by chance. A query with as many earlier copies as there are ordinary tokens
+    cannot be freed of chance targets and is left out of both.
     """
     tokens, copies, cells = text.tokens[0], text.cells["duplicate_token"], text.cells["prefix_matching"]
     again, count = np.unique(copies.query, return_counts=True)
@@ -250,12 +216,10 @@ def with_controls(text: TokenBatch, ordinary: Ints, *, rows: int, seed: int) -> 
         for place in again:  # from left to right: what stands at the earlier copies is settled
             free = np.setdiff1d(ordinary, row[copies.key[copies.query == place]])
             row[place] = rng.choice(free if len(free) else ordinary)
-    kept = np.isin(cells.query, again[count < len(ordinary)])
-    query, key = cells.query[kept], cells.key[kept]
-
-    def read(rows: int) -> dict[str, Cells]:
-        row = np.repeat(np.arange(rows), len(query))
-        return {"prefix_matching": Cells.of(row, np.tile(query, rows), np.tile(key, rows))}
-
-    lengths = np.repeat(text.lengths, rows)
-    return TokenBatch(text.tokens, text.lengths, read(1)), TokenBatch(controls, lengths, read(rows))
+    kept = cells.only(np.isin(cells.query, again[count < len(ordinary)]))
+    every = np.repeat(np.arange(rows), len(kept.row))
+    theirs = Cells(every, np.tile(kept.query, rows), np.tile(kept.key, rows))
+    return (
+        TokenBatch(text.tokens, text.lengths, {"prefix_matching": kept}),
+        TokenBatch(controls, np.repeat(text.lengths, rows), {"prefix_matching": theirs}),
+    )

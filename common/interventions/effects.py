@@ -132,16 +132,17 @@ class RowMetrics:
     def prefix_matching(self, head: Head, intervention: Intervention | None = None) -> Floats:
         """The head's own prefix matching per row, [rows] in [0, 1]; NaN without a target."""
         cells = self.batch.cells["prefix_matching"]
-        paid = np.zeros(len(cells.group_row))
+        paid = np.zeros(self.batch.tokens.shape)
 
         def read(call: Call, rows: slice) -> None:
             inside = (cells.row >= rows.start) & (cells.row < rows.stop)
             pattern = call.pattern_of(head.head).double().cpu().numpy()
             read_off = pattern[cells.row[inside] - rows.start, cells.query[inside], cells.key[inside]]
-            np.add.at(paid, cells.group[inside], read_off)
+            np.add.at(paid, (cells.row[inside], cells.query[inside]), read_off)
 
         self.runner.watch(head.layer, intervention, read)
-        return mean_per_row(paid, cells.group_row, len(self.batch.tokens))
+        row, query = cells.queries()
+        return mean_per_row(paid[row, query], row, len(self.batch.tokens))
 
     def _losses(self, log_prob: Floats) -> dict[str, Floats]:
         repeats, fresh = (-self._mean(log_prob, chosen) for chosen in (self._repeated, ~self._repeated))

@@ -64,7 +64,13 @@ class Norm:
         return self.centre(x) * self.gain
 
 
-UNCHANGED = Norm(np.ones(1), np.zeros(1), centred=False, eps=0.0)
+class _Unchanged(Norm):
+    def scale(self, x: Doubles) -> Doubles:
+        return np.ones(1)
+
+
+# Where an architecture has no norm: linear(x) / scale(x) + offset is x.
+UNCHANGED = _Unchanged(np.ones(1), np.zeros(1), centred=False, eps=0.0)
 
 
 def plain(value: Tensor) -> Doubles:

@@ -122,7 +122,7 @@ def precision_recall_figure(found: Detection, labels: Labels, title: str) -> Fig
         (found.score >= HABIT, "square", "0.2", f"fixed threshold {HABIT}, the habit of the field"),
         (found.induction, "circle", MARK, "this run's verdicts"),
     ):
-        precise, recalled, f1 = agreement(truth, detected)
+        precise, recalled, f1 = agreement(truth, detected).tolist()
         elements.append(Marks([recalled], [precise], shape, colour, 9.0))
         legend.append(Entry(f"{said} (F1 {f1:.2f})", shape, colour))
     panel = Panel(Axis("recall", limits=(-0.03, 1.03)), Axis("precision", limits=(-0.03, 1.06)), elements)

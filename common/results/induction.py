@@ -25,7 +25,7 @@ from common.heads import metrics as agreement
 from common.heads.detection import by_score
 from common.heads.labels import Labels
 from common.heads.metrics import Metrics
-from common.heads.scores import every_pattern, patterns
+from common.heads.scores import patterns
 from common.heads.statistics import Floats, Ints, interval_over_rows
 from common.heads.survey import Survey, copying, survey
 from common.heads.texts import FEW, TextScores, score_text
@@ -319,5 +319,6 @@ def _maps_on_page(found: InductionHeads) -> Iterator[page.TextMaps]:
     for text in found.texts:
         cells, tokens = text.scores.cells, text.tokens
         places = figures_heads.drawn_places(len(tokens), cells)
-        maps = every_pattern(found.model, text.ids, places).reshape(-1, len(places), len(places))
+        heads = [(head.layer, head.head) for head in text.heads]
+        maps = np.stack(patterns(found.model, text.ids, heads, places))
         yield page.TextMaps(text.text, tokens, text.sentence(), cells, places, {"pattern": maps})

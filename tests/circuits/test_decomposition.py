@@ -120,10 +120,10 @@ def test_terms_are_what_the_definition_says(folder_of, model_of):
 def test_parts_that_a_side_reads_sum_to_what_it_reads(centred, norms):
     rng = np.random.default_rng(0)
     norm = {d: Norm(rng.standard_normal(d), rng.standard_normal(d), centred, 1e-5) for d in (6, 4)}
-    before, after = (norm[d] if there else None for d, there in zip((6, 4), norms, strict=True))
+    before, after = (norm[d] if there else UNCHANGED for d, there in zip((6, 4), norms, strict=True))
     side = decomposition.Side(before, rng.standard_normal((6, 4)), rng.standard_normal(4), after)
     written = rng.standard_normal((3, 5, 6))
-    through = (before or UNCHANGED).linear(written)
+    through = before.linear(written)
     parts = side.read_parts(written.sum(0), through @ side.weight)
     assert parts.sum(0) == pytest.approx(side.read(written.sum(0)))
 
@@ -275,7 +275,7 @@ def test_a_query_key_norm_left_out_is_refused(name, model_of, monkeypatch):
     sides_of = decomposition.sides_of
     monkeypatch.setattr(
         decomposition, "sides_of",
-        lambda *given: tuple(dataclasses.replace(side, after=None) for side in sides_of(*given)),
+        lambda *given: tuple(dataclasses.replace(side, after=UNCHANGED) for side in sides_of(*given)),
     )  # fmt: skip
     with pytest.raises(UserError, match=rf"parts of head 1\.1 of random-{name} do not add up"):
         decompose(model_of(name), TOKENS[0], interact(model_of(name), TOKENS[:1], 1), 1, [(12, 2)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -157,7 +156,7 @@ def test_an_edit_of_a_key_moves_the_maps_of_its_head_alone(model_of):
 
 def call_of(mask: torch.Tensor | None = None, **given) -> Call:
     q, k, v = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
-    return Call(SimpleNamespace(is_causal=True), q, k, v, mask, **given)
+    return Call(torch.nn.Identity(), q, k, v, mask, **given)
 
 
 def numbers_mask() -> torch.Tensor:

@@ -6,16 +6,7 @@ import numpy as np
 import pytest
 
 from common.heads import detection
-from common.heads.detection import (
-    LEAST_EFFECT,
-    LEAST_LIFT,
-    VERDICTS,
-    Precision,
-    attend,
-    by_score,
-    detect,
-    deviations,
-)
+from common.heads.detection import LEAST_EFFECT, LEAST_LIFT, VERDICTS, attend, by_score, detect, deviations
 from common.heads.statistics import RowSums
 
 ROWS, QUERIES = 32, 20
@@ -29,8 +20,13 @@ def sums(mean: float, spread: float = 0.0, *, seed: int = 0) -> RowSums:
     return RowSums(values.sum(1)[:, None, None], (values**2).sum(1)[:, None, None], counts)
 
 
+def needed(heads: int, rows: int) -> float:
+    """What `rows` rows and as many control rows ask for."""
+    return deviations(heads, np.sqrt(2 / rows), rows - 1)
+
+
 def decide(score: float, control: float, spread: float = 0.0, threshold: float | None = None) -> bool:
-    return bool(attend(sums(score), sums(control, spread), Precision.of_rows(ROWS), threshold=threshold).attends.item())
+    return bool(attend(sums(score), sums(control, spread), needed(1, ROWS), threshold=threshold).attends.item())
 
 
 def verdict(score=0.01, control=0.01, effect=0.0, **others) -> str:
@@ -42,7 +38,7 @@ def verdict(score=0.01, control=0.01, effect=0.0, **others) -> str:
 
 
 def test_threshold_follows_the_spread_of_the_null():
-    k = deviations(1, Precision.of_rows(ROWS))
+    k = needed(1, ROWS)
     assert decide(0.101 + k * 0.1, 0.10, 0.1)
     assert not decide(0.099 + k * 0.1, 0.10, 0.1)
 
@@ -62,9 +58,8 @@ def test_a_fixed_threshold_looks_at_the_score_alone():
 
 
 def test_more_heads_and_fewer_rows_ask_for_more():
-    few_rows, many_rows = Precision.of_rows(4), Precision.of_rows(16)
-    assert deviations(1000, few_rows) > deviations(10, few_rows) > deviations(10, many_rows)
-    assert deviations(10, Precision.of_rows(10_000)) == detection.LEAST_DEVIATIONS
+    assert needed(1000, 4) > needed(10, 4) > needed(10, 16)
+    assert needed(10, 10_000) == detection.LEAST_DEVIATIONS
 
 
 def test_chance_passes_no_more_often_than_the_stated_rate(monkeypatch):
@@ -83,7 +78,7 @@ def test_chance_passes_no_more_often_than_the_stated_rate(monkeypatch):
             RowSums(repeat, repeat**2, counts),
             RowSums(control, control**2, counts),
             whole,
-            Precision.of_rows(rows),
+            needed(heads, rows),
             None,
         )
         passed += bool((score >= limit).any())
@@ -114,7 +109,7 @@ def test_confidence_falls_where_a_head_sits_on_its_threshold():
     limit = 0.01 + LEAST_LIFT
 
     def confidence(score: float) -> float:
-        return attend(sums(score, 0.3), sums(0.01), Precision.of_rows(ROWS)).confidence.item()
+        return attend(sums(score, 0.3), sums(0.01), needed(1, ROWS)).confidence.item()
 
     assert confidence(limit + 0.5) == 1.0
     assert 0.3 < confidence(limit + 1e-4) < 0.8

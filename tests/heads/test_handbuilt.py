@@ -11,7 +11,7 @@ import torch
 from common.heads import scores
 from common.heads.statistics import Ints
 from common.heads.tokens import Battery, TokenBatch, battery, continuing
-from common.loading import models
+from common.loading import Model, load
 from tests import handbuilt
 from tests.handbuilt import COPY, VERDICTS, HandBuilt, Role
 
@@ -42,34 +42,36 @@ EVERY_KIND = {
 def saved(tmp_path_factory, tokenizer):
     """A function that saves a hand-built model and loads it as a user's model is loaded."""
 
-    def save(built: HandBuilt) -> models.Model:
-        return models.load(str(handbuilt.save(built, tmp_path_factory.mktemp("handbuilt"), tokenizer)))
+    def save(built: HandBuilt) -> Model:
+        return load(str(handbuilt.save(built, tmp_path_factory.mktemp("handbuilt"), tokenizer)))
 
     return save
 
 
 @pytest.fixture(scope="module")
-def every_kind(saved, tokenizer) -> models.Model:
+def every_kind(saved, tokenizer) -> Model:
     return saved(handbuilt.assemble(EVERY_KIND, vocabulary=len(tokenizer), seed=0))
 
 
 @pytest.fixture(scope="module", params=SEEDS)
-def random_model(request, saved, tokenizer) -> tuple[HandBuilt, models.Model]:
+def random_model(request, saved, tokenizer) -> tuple[HandBuilt, Model]:
     built = handbuilt.build(request.param, vocabulary=len(tokenizer))
     return built, saved(built)
 
 
-def draw(model: models.Model, *, rows: int, length: int) -> Battery:
+def draw(model: Model, *, rows: int, length: int) -> Battery:
     return battery(model.ordinary(), model.bos, rows=rows, length=length, seed=50)
 
 
-def lift(model: models.Model, drawn: Battery) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def lift(model: Model, drawn: Battery) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Prefix matching on the repeats, its difference to that on the controls, and four standard errors of the latter.
 
     Each [layers, heads].
     """
     on, off = (scores.score(model, rows, batch_size=8) for rows in (drawn.repeats, drawn.controls))
-    error = off.std("prefix_matching") / np.sqrt(off.sums["prefix_matching"].counts.sum())
+    sums = off.sums["prefix_matching"]
+    spread = sums.resampled(np.ones((1, len(sums.counts))))[1][0]
+    error = spread / np.sqrt(sums.counts.sum())
     score = on.mean("prefix_matching")
     return score, score - off.mean("prefix_matching"), 4 * np.sqrt(2) * error
 

@@ -9,25 +9,26 @@ from common.attention.head import Head
 from common.heads import scores
 from common.heads.survey import survey
 from common.heads.tokens import battery
-from common.loading import models
+from common.loading import Model, load
+from common.loading.find import MINI
 from tests.conftest import save_random_gpt2
 
-CHECKPOINTS = models.MINI.with_name("mini-checkpoints")
+CHECKPOINTS = MINI.with_name("mini-checkpoints")
 
 
-def found_in(model: models.Model, seed: int = 0) -> set[Head]:
+def found_in(model: Model, seed: int = 0) -> set[Head]:
     return set(survey(model, seed=seed, batch_size=16).found.ranked())
 
 
 def test_before_induction_formed_there_is_none_and_afterwards_there_is():
     steps = sorted(CHECKPOINTS.iterdir(), key=lambda folder: int(folder.name.removeprefix("step-")))
-    assert found_in(models.load(str(steps[0]))) == set()
-    assert found_in(models.load(str(steps[-1])))
+    assert found_in(load(str(steps[0]))) == set()
+    assert found_in(load(str(steps[-1])))
 
 
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (2, 8), (6, 4)])
 def test_random_models_have_none(tmp_path, tokenizer, layers, heads):
-    model = models.load(str(save_random_gpt2(tmp_path, tokenizer, layers=layers, heads=heads)))
+    model = load(str(save_random_gpt2(tmp_path, tokenizer, layers=layers, heads=heads)))
     assert not survey(model, seed=0, batch_size=16).found.attends.any()
 
 

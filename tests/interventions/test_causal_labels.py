@@ -75,7 +75,7 @@ def test_where_a_head_is_all_but_sure_of_its_cells_the_rest_is_the_softmax_of_th
         row, query, key = np.nonzero(patterns >= 1 - 1e-7)
         row, query, key = (index[(query > 0) & (query < tokens.shape[1] - 1)] for index in (row, query, key))
         counted += len(row)
-        cells = {**drawn.repeats.cells, "prefix_matching": Cells.of(row, query, key)}
+        cells = {**drawn.repeats.cells, "prefix_matching": Cells(row, query, key)}
         batch = replace(drawn.repeats, cells=cells)
         predictions = Predictions(row, query, tokens[row, query + 1])
         expected = row_means(predictions, by_hand(oracle, batch, predictions, Head.at(1, head)), 3)
@@ -87,7 +87,7 @@ def test_where_a_head_is_all_but_sure_of_its_cells_the_rest_is_the_softmax_of_th
 
 def test_a_query_whose_every_key_is_a_target_loses_all_the_head_writes(random_gpt2, oracles, drawn):
     tokens = drawn.repeats.tokens
-    everything = Cells.of(np.zeros(4, int), np.full(4, 3), np.arange(4))
+    everything = Cells(np.zeros(4, int), np.full(4, 3), np.arange(4))
     batch = replace(drawn.repeats, cells={**drawn.repeats.cells, "prefix_matching": everything})
     predictions = Predictions(np.array([0]), np.array([3]), tokens[:1, 4])
     found = exact_direct_effect(random_gpt2, batch, predictions)
@@ -109,7 +109,7 @@ def test_rows_without_a_repeat_have_no_direct_effect(random_gpt2, drawn):
 
 def test_heads_that_do_not_look_at_their_targets_have_no_effect(random_gpt2, drawn):
     """Where there are no cells there is nothing to lose, whatever there is to predict."""
-    nothing = Cells.of(*np.zeros((3, 0), int))
+    nothing = Cells(*np.zeros((3, 0), int))
     batch = replace(drawn.repeats, cells={**drawn.repeats.cells, "prefix_matching": nothing})
     assert (exact_direct_effect(random_gpt2, batch, predictions_of(drawn.repeats)) == 0).all()
 

@@ -171,7 +171,7 @@ def nearly_all(seen, head: int) -> Cells:
     patterns = torch.stack([seen["pattern", 1, head, row] for row in range(3)]).numpy()
     row, query, key = np.nonzero(patterns >= 1 - 1e-7)
     later = query > 0  # the first query has a single key
-    return Cells.of(row[later], query[later], key[later])
+    return Cells(row[later], query[later], key[later])
 
 
 def largest(pattern: torch.Tensor) -> torch.Tensor:
@@ -181,7 +181,7 @@ def largest(pattern: torch.Tensor) -> torch.Tensor:
 def test_a_query_left_without_attention_has_an_output_of_0(random_gpt2, oracles):
     """Knocking out all that a query may see gives zeros there, not NaN, and nothing but that query is touched."""
     tokens, head = np.array([[0, 5, 6, 7]] * 3), Head.at(0, 0)
-    everything = Cells.of(np.ones(3, int), np.full(3, 2), np.arange(3))
+    everything = Cells(np.ones(3, int), np.full(3, 2), np.arange(3))
     intervention = knockout([head], everything)
     check(random_gpt2, oracles["gpt2"], tokens, intervention, Changes(scores=of([head], without(everything))), least=0)
     under, clean = Recordings(random_gpt2, tokens, under=intervention), Recordings(random_gpt2, tokens)

@@ -285,7 +285,7 @@ def mini_scores(mini, mini_rows):
 def induction(mini_scores) -> list[Head]:
     """The detected heads, highest score first."""
     repeats, controls = (measured.sums["prefix_matching"] for measured in mini_scores)
-    found = detection.attend(repeats, controls, detection.Precision.of_rows(8))
+    found = detection.attend(repeats, controls, detection.deviations(repeats.sums[0].size, 0.5, 7))
     return [Head.at(*place) for place in detection.by_score(found.score) if found.attends[place]]
 
 

@@ -190,10 +190,10 @@ def test_a_long_text_is_cut_to_its_window_and_says_so(mini):
     places = figures_heads.drawn_places(200, [(150, 120), (151, 121)])
     assert places[0] == 0 and len(places) == 49 and {120, 121, 150, 151} <= set(places)
     tokens = np.array([mini.bos, *mini.ordinary()[:199]])
-    part = scores.every_pattern(mini, tokens, places)
+    (part,) = scores.patterns(mini, tokens, [(1, 2)], places)
     (whole,) = scores.patterns(mini, tokens, [(1, 2)])
-    np.testing.assert_allclose(part[1, 2], whole[np.ix_(places, places)])
-    one = page.TextMaps("text", ["x"] * 200, "said", [], places, {"pattern": part.reshape(-1, 49, 49)})
+    np.testing.assert_allclose(part, whole[np.ix_(places, places)])
+    one = page.TextMaps("text", ["x"] * 200, "said", [], places, {"pattern": part[None]})
     assert f"tokens {places[1]} to {places[-1]} of 199" in page._cut(one)
 
 
