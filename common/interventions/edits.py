@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import UserError
 from common.attention.call import Edit
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 INPUTS = {"q": "query", "k": "key", "v": "values"}
 Change = Callable[[Tensor, slice], Tensor]
+Tap = tuple[nn.Module, str, Callable[[Tensor], Tensor]]  # as `Model.record` takes them
+Tapping = Callable[[slice], Tap]  # of some of the rows
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +53,7 @@ class Intervention:
         return Intervention(f"{self.name} + {other.name}", heads, self.edits + other.edits)
 
     def __repr__(self) -> str:
-        return f"Intervention({self.name} on {', '.join(str(head) for head in self.heads)})"
+        return f"Intervention({self.name} on {', '.join(map(str, self.heads))})"
 
     @property
     def first_layer(self) -> int:
@@ -61,6 +63,9 @@ class Intervention:
     def of(self, head: Head) -> Intervention:
         """The edits of one head alone."""
         return Intervention(self.name, (head,), tuple(edit for edit in self.edits if edit.head == head))
+
+
+Intervene = Callable[[Sequence[Head]], Intervention]  # an intervention by the heads that it is made on
 
 
 class Recordings:
@@ -80,18 +85,21 @@ class Recordings:
 
     def fetch(self, wanted: set[Point]) -> None:
         """Record all (layer, point) in one pass over the rows: cheaper than one by one."""
-        missing = wanted - set(self._kept)
-        if missing:
-            self._kept |= in_parts(
-                self, lambda rows: self.model.record(self.tokens[rows], missing, self._edits, rows=rows)
-            )
+        if missing := wanted - self._kept.keys():
+            self._kept |= self.run(missing, self._edits)
 
-
-def in_parts(source: Recordings, record: Callable[[slice], dict[Point, Tensor]]) -> dict[Point, Tensor]:
-    """What `record` gives of some rows at a time, for all rows of `source`."""
-    starts = range(0, len(source.tokens), source.batch_size)
-    parts = [record(slice(start, start + source.batch_size)) for start in starts]
-    return {point: torch.cat([part[point] for part in parts]) for point in parts[0]}
+    def run(
+        self, wanted: set[Point], edits: Sequence[Edit], stream: Tensor | None = None, tap: Tapping | None = None
+    ) -> dict[Point, Tensor]:
+        """As `Model.record`, for all rows, some at a time; nothing is kept. `stream`: [rows, pos, d_model], what enters
+        the lowest layer that is wanted, None: what does in the model; `tap` gives a tap for some of the rows."""
+        layer, parts = min(wanted)[0], []
+        for first in range(0, len(self.tokens), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            start = None if stream is None else (layer, stream[rows])
+            taps = [tap(rows)] if tap else ()
+            parts.append(self.model.record(self.tokens[rows], wanted, edits, rows=rows, start=start, taps=taps))
+        return {point: torch.cat([part[point] for part in parts]) for point in wanted}
 
 
 # --- the head output ---
@@ -102,21 +110,17 @@ def zero(heads: Sequence[Head]) -> Intervention:
     return each_head("zero", heads, "z", lambda head: lambda old, rows: torch.zeros_like(old))
 
 
-def mean(heads: Sequence[Head], reference: Recordings, reference_classes: Ints, classes: Ints) -> Intervention:
+def mean(heads: Sequence[Head], reference: Recordings, classes: Ints) -> Intervention:
     """Each head output is its mean over the reference rows' positions of the same class.
 
-    `reference_classes` and `classes`: [rows, pos] of the reference rows and of the rows to run, such as
-    `position_classes` gives; negative where there is nothing to average. Raises UserError for a class without a
-    reference.
+    `classes`: [rows, pos] of the reference rows, and of the rows to run, such as `position_classes` gives; negative
+    where there is nothing to average.
     """
-    missing = set(classes[classes >= 0].tolist()) - set(reference_classes.ravel().tolist())
-    if missing:
-        raise UserError(f"mean ablation: the reference rows have no position of class {sorted(missing)[0]}")
     reference.fetch({(head.layer, "z") for head in heads})
     places = torch.from_numpy(np.maximum(classes, 0))
 
     def change(head: Head) -> Change:
-        table = _class_means(reference.get(head.layer, "z")[:, :, head.head], reference_classes)
+        table = _class_means(reference.get(head.layer, "z")[:, :, head.head], classes)
         return lambda old, rows: table[places[rows].to(old.device)]
 
     return each_head("mean", heads, "z", change)

@@ -20,23 +20,17 @@ for the whole batch, and refuses keys and values of grouped-query models. It ser
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+from itertools import product
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common import UserError
 from common.attention.head import Head
 from common.heads.attribution import check_same, check_written
-from common.interventions.edits import INPUTS, Change, Intervention, Recordings, each_head, in_parts, zero
+from common.interventions.edits import INPUTS, Change, Intervene, Intervention, Recordings, Tap, each_head, zero
 from common.loading.families import UNCHANGED, plain
-
-if TYPE_CHECKING:
-    from common.attention.call import Edit
-    from common.loading.model import Point
-
-Tap = tuple[nn.Module, str, Callable[[Tensor], Tensor]]
 
 
 def path(
@@ -52,38 +46,28 @@ def path(
     """
     _check_order(senders.heads, receivers)
     changes = _changes(senders, clean)
-    new = {}
-    for layer in {head.layer for head in receivers}:
+
+    def read_by(layer: int) -> Tensor:
         stream = clean.get(layer, "resid_pre") + _arriving(clean, changes, layer, through_mlps)
-        new[layer] = _run_layer(clean, layer, part, stream)
+        return clean.run({(layer, part)}, (), stream)[layer, part]
+
     way = " through MLPs" if through_mlps else ""
-    name = f"{senders.name} {_names(senders.heads)} → {INPUTS[part]}{way}"
-    return each_head(name, receivers, part, lambda head: _moved(clean, head, part, new[head.layer]))
+    name = f"{senders.name} {' '.join(map(str, senders.heads))} → {INPUTS[part]}{way}"
+    return _given(name, receivers, part, clean, read_by)
 
 
 def paths_into(
-    receiver: Head,
-    part: str,
-    intervene: Callable[[Sequence[Head]], Intervention],
-    clean: Recordings,
-    *,
-    through_mlps: bool = False,
+    receiver: Head, part: str, intervene: Intervene, clean: Recordings, *, through_mlps: bool = False
 ) -> list[Intervention]:
     """The path of every earlier head, alone, into the receiver's query, key or values; `intervene` ablates a sender."""
-    layers = range(receiver.layer)
     points = ("z", "projected", "attn_out", "resid_pre", "resid_post")
-    clean.fetch({(layer, point) for layer in layers for point in points})
-    senders = [Head.at(layer, head) for layer in layers for head in range(clean.model.n_heads)]
+    clean.fetch({(layer, point) for layer in range(receiver.layer) for point in points})
+    senders = [Head.at(*place) for place in np.ndindex(receiver.layer, clean.model.n_heads)]
     return [path(intervene([sender]), [receiver], part, clean, through_mlps=through_mlps) for sender in senders]
 
 
 def without_source(
-    sources: Sequence[Head],
-    receivers: Sequence[Head],
-    part: str,
-    clean: Recordings,
-    *,
-    through_first_mlp: bool = False,
+    sources: Sequence[Head], receivers: Sequence[Head], part: str, clean: Recordings, *, through_first_mlp: bool = False
 ) -> Intervention:
     """The receivers' query, key or values read the residual stream without what the source heads wrote into it.
 
@@ -93,48 +77,35 @@ def without_source(
     """
     _check_order(sources, receivers)
     lost = torch.stack([_written_by(clean, head, through_first_mlp) for head in sources]).sum(0)
-    new = {}
-    for layer in {head.layer for head in receivers}:
+
+    def read_by(layer: int) -> Tensor:
         parts, stream = clean.model.parts.layers[layer], clean.get(layer, "resid_pre")
         norm = parts.norm or UNCHANGED
         term = torch.from_numpy(norm.linear(plain(lost)) / norm.scale(plain(stream))).to(stream)
         # The norm's own output less the part of it that is linear in what is lost: the scale has not moved.
         module, side = (parts.attention_in, "output") if parts.attention_in else (parts.attention, "input")
-        new[layer] = _run_layer(clean, layer, part, stream, tap=partial(_less, module, side, term))
-    name = f"{INPUTS[part]} without {_names(sources)}"
-    return each_head(name, receivers, part, lambda head: _moved(clean, head, part, new[head.layer]))
+
+        def less(rows: slice) -> Tap:
+            return module, side, lambda value: value - term[rows]
+
+        return clean.run({(layer, part)}, (), stream, less)[layer, part]
+
+    name = f"{INPUTS[part]} without {' '.join(map(str, sources))}"
+    return _given(name, receivers, part, clean, read_by)
 
 
-def _less(module: nn.Module, side: str, term: Tensor, rows: slice) -> Tap:
-    """Take a term [rows, pos, d_model] off what passes one side of a module."""
-    return module, side, lambda value: value - term[rows]
+def _given(
+    name: str, receivers: Sequence[Head], part: str, clean: Recordings, read_by: Callable[[int], Tensor]
+) -> Intervention:
+    """Give the receivers the query, key or values that their layer makes of what is now `read_by` it."""
+    new = {layer: read_by(layer) for layer in {head.layer for head in receivers}}
 
+    def change(head: Head) -> Change:
+        # How far the new input lies from the clean one is added: other edits of the run keep their effect.
+        move = (new[head.layer] - clean.get(head.layer, part))[:, :, head.head]
+        return lambda old, rows: old + move[rows]
 
-def _run_layer(
-    clean: Recordings,
-    layer: int,
-    point: str,
-    stream: Tensor,
-    *,
-    edits: Sequence[Edit] = (),
-    tap: Callable[[slice], Tap] | None = None,
-) -> Tensor:
-    """[rows, pos, head, d_head]: queries, keys, values or outputs that `layer` makes of a residual stream
-    [rows, pos, d_model]; no other layer is run."""
-    model = clean.model
-
-    def record(rows: slice) -> dict[Point, Tensor]:
-        taps = [tap(rows)] if tap else ()
-        start = layer, stream[rows]
-        return model.record(clean.tokens[rows], {(layer, point)}, edits, rows=rows, start=start, taps=taps)
-
-    return in_parts(clean, record)[layer, point]
-
-
-def _moved(clean: Recordings, head: Head, part: str, new: Tensor) -> Change:
-    """Add to what is there how far the new input lies from the clean one: other edits of the run keep their effect."""
-    move = (new - clean.get(head.layer, part))[:, :, head.head]
-    return lambda old, rows: old + move[rows]
+    return each_head(name, receivers, part, change)
 
 
 def _changes(senders: Intervention, clean: Recordings) -> dict[int, Tensor]:
@@ -142,9 +113,9 @@ def _changes(senders: Intervention, clean: Recordings) -> dict[int, Tensor]:
     changes: dict[int, Tensor] = {}
     for head in senders.heads:
         layer, own = head.layer, senders.of(head).edits
-        changed = _run_layer(clean, layer, "z", clean.get(layer, "resid_pre"), edits=own) - clean.get(layer, "z")
-        move = _through_projection(clean, head, changed[:, :, head.head])
-        changes[head.layer] = changes[head.layer] + move if head.layer in changes else move
+        changed = clean.run({(layer, "z")}, own, clean.get(layer, "resid_pre"))[layer, "z"]
+        move = (changed - clean.get(layer, "z"))[:, :, head.head]
+        changes[layer] = changes.get(layer, 0.0) + _through_projection(clean, head, move)
     return changes
 
 
@@ -199,14 +170,7 @@ def _through_projection(clean: Recordings, head: Head, output: Tensor) -> Tensor
 
 
 def _check_order(senders: Sequence[Head], receivers: Sequence[Head]) -> None:
-    for sender in senders:
-        for receiver in receivers:
-            if sender.layer >= receiver.layer:
-                raise UserError(
-                    f"head {receiver} reads nothing of head {sender}: the sender's layer must come before the "
-                    "receiver's"
-                )
-
-
-def _names(heads: Sequence[Head]) -> str:
-    return " ".join(str(head) for head in heads)
+    for sender, receiver in product(senders, receivers):
+        if sender.layer >= receiver.layer:
+            why = "the sender's layer must come before the receiver's"
+            raise UserError(f"head {receiver} reads nothing of head {sender}: {why}")
