@@ -13,6 +13,7 @@ layers, drawn at random. Single heads mislead where heads cover for each other, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -90,15 +91,12 @@ def ablate(plan: AblationPlan, earlier: object = None, progress: Progress = sile
     done = {_label(one["name"], one["heads"]) for one in result.effects}
     wanted = {way: [some for some in plan.sets if _label(way, names(some)) not in done] for way in plan.interventions}
     result.missing = [_label(way, names(some)) for way, sets in wanted.items() for some in sets] + [GREEDY]
-    with progress("ablating heads", plan.runs) as advance:
-        try:
-            for way, sets in wanted.items():
-                _add_effects(result, plan, way, sets, advance)
-            if "knockout" not in result.impossible:
-                result.greedy = _greedy_order(plan, advance)
-            result.missing = []
-        except KeyboardInterrupt:
-            pass
+    with progress("ablating heads", plan.runs) as advance, suppress(KeyboardInterrupt):
+        for way, sets in wanted.items():
+            _add_effects(result, plan, way, sets, advance)
+        if "knockout" not in result.impossible:
+            result.greedy = _greedy_order(plan, advance)
+        result.missing = []
     return result
 
 

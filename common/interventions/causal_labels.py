@@ -61,26 +61,26 @@ class CausalEffects:
 
     def as_json(self) -> dict[str, object]:
         """The content of a labels.json."""
-        measured = {}
-        for kind, effect in (("needed", self.needed), ("direct", self.direct)):
-            measured[kind] = np.stack([effect.mean(0), *interval_over_rows(effect)], -1).round(4)
+        numbers = np.stack([self._both.mean(0), *interval_over_rows(self._both)], -1).round(4)
+        by_head = {}
+        for place in np.ndindex(*self.needed.shape[1:]):
+            needed, direct = numbers[(slice(None), *place)].tolist()
+            by_head[str(Head.at(*place))] = {"needed": needed, "direct": direct}
         return {
             "source": self.source,
             "induction_heads": names(self.heads(+1)),
             "suppression_heads": names(self.heads(-1)),
-            "effects_in_nats_with_95_percent_intervals": {
-                str(Head.at(*place)): {kind: values[place].tolist() for kind, values in measured.items()}
-                for place in np.ndindex(*self.needed.shape[1:])
-            },
+            "effects_in_nats_with_95_percent_intervals": by_head,
         }
+
+    @property
+    def _both(self) -> Floats:
+        return np.stack([self.needed, self.direct], 1)
 
     def _surely(self, sign: int) -> NDArray[np.bool_]:
         """[layers, heads]: whether either effect is large in this direction and its interval lies on one side of 0."""
-        passed = np.zeros(self.needed.shape[1:], dtype=bool)
-        for effect in (sign * self.needed, sign * self.direct):
-            low, _ = interval_over_rows(effect)
-            passed |= (effect.mean(0) >= LEAST) & (low > 0)
-        return passed
+        low, _ = interval_over_rows(sign * self._both)
+        return ((sign * self._both.mean(0) >= LEAST) & (low > 0)).any(0)
 
 
 def measure_causal_effects(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
 
 INPUTS = {"q": "query", "k": "key", "v": "values"}
 Change = Callable[[Tensor, slice], Tensor]
-Tap = tuple[nn.Module, str, Callable[[Tensor], Tensor]]  # as `Model.record` takes them
-Tapping = Callable[[slice], Tap]  # of some of the rows
+Addition = tuple[nn.Module, str, Tensor]  # a module, a side of it, and what to add [rows, ...] to what passes there
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,9 +72,7 @@ class Recordings:
     """A model's activations on [rows, pos] ids, recorded when asked for and kept; clean, or `under` an intervention."""
 
     def __init__(self, model: Model, tokens: Ints, *, batch_size: int = 8, under: Intervention | None = None):
-        self.model = model
-        self.tokens = tokens
-        self.batch_size = batch_size
+        self.model, self.tokens, self.batch_size = model, tokens, batch_size
         self._edits = under.edits if under else ()
         self._kept: dict[Point, Tensor] = {}
 
@@ -89,20 +87,17 @@ class Recordings:
             self._kept |= self.run(missing, self._edits)
 
     def run(
-        self, wanted: set[Point], edits: Sequence[Edit], stream: Tensor | None = None, tap: Tapping | None = None
+        self, wanted: set[Point], edits: Sequence[Edit], stream: Tensor | None = None, added: Addition | None = None
     ) -> dict[Point, Tensor]:
         """As `Model.record`, for all rows, some at a time; nothing is kept. `stream`: [rows, pos, d_model], what enters
-        the lowest layer that is wanted, None: what does in the model; `tap` gives a tap for some of the rows."""
+        the lowest layer that is wanted, None: what does in the model."""
         layer, parts = min(wanted)[0], []
         for first in range(0, len(self.tokens), self.batch_size):
             rows = slice(first, first + self.batch_size)
             start = None if stream is None else (layer, stream[rows])
-            taps = [tap(rows)] if tap else ()
+            taps = [(added[0], added[1], partial(torch.add, added[2][rows]))] if added else ()
             parts.append(self.model.record(self.tokens[rows], wanted, edits, rows=rows, start=start, taps=taps))
         return {point: torch.cat([part[point] for part in parts]) for point in wanted}
-
-
-# --- the head output ---
 
 
 def zero(heads: Sequence[Head]) -> Intervention:
@@ -120,20 +115,15 @@ def mean(heads: Sequence[Head], reference: Recordings, classes: Ints) -> Interve
     places = torch.from_numpy(np.maximum(classes, 0))
 
     def change(head: Head) -> Change:
-        table = _class_means(reference.get(head.layer, "z")[:, :, head.head], classes)
+        output = reference.get(head.layer, "z")[:, :, head.head]
+        used = torch.from_numpy(classes >= 0).to(output.device)
+        place = places.to(output.device)[used]
+        # Thousands of positions are added up: in float32 the order of rows would show in the sixth digit.
+        sums = torch.zeros(int(place.max()) + 1, output.shape[-1], dtype=torch.float64, device=output.device)
+        table = sums.index_add_(0, place, output[used].double()) / torch.bincount(place).clamp_min(1)[:, None]
         return lambda old, rows: table[places[rows].to(old.device)]
 
     return each_head("mean", heads, "z", change)
-
-
-def _class_means(output: Tensor, classes: Ints) -> Tensor:
-    """Mean of `output` [rows, pos, d_head] over the places of each class, [classes, d_head]; 0 for a class unseen."""
-    used = torch.from_numpy(classes >= 0).to(output.device)
-    place = torch.from_numpy(classes).to(output.device)[used]
-    # Thousands of positions are added up: in float32 the order of rows would show in the sixth digit.
-    sums = torch.zeros(int(classes.max()) + 1, output.shape[-1], dtype=torch.float64, device=output.device)
-    sums.index_add_(0, place, output[used].double())
-    return sums / torch.bincount(place, minlength=len(sums)).clamp_min(1)[:, None]
 
 
 def position_classes(batch: TokenBatch) -> Ints:
@@ -156,9 +146,6 @@ def donor_rows(rows: int, seed: int) -> Ints:
     return donors
 
 
-# --- the pattern ---
-
-
 def uniform(heads: Sequence[Head]) -> Intervention:
     """Attention is the same to every position up to the query (a sliding window is not regarded)."""
 
@@ -171,13 +158,7 @@ def uniform(heads: Sequence[Head]) -> Intervention:
 
 def pattern_from(heads: Sequence[Head], source: Recordings) -> Intervention:
     """The pattern that the heads have in `source`: the control rows', or another run's, which freezes it."""
-    source.fetch({(head.layer, "pattern") for head in heads})
-
-    def change(head: Head) -> Change:
-        pattern = source.get(head.layer, "pattern")[:, head.head]
-        return lambda old, rows: pattern[rows]
-
-    return each_head("pattern", heads, "pattern", change)
+    return _recorded("pattern", heads, "pattern", 1, source)
 
 
 def knockout(heads: Sequence[Head], cells: Cells) -> Intervention:
@@ -198,9 +179,6 @@ def knockout(heads: Sequence[Head], cells: Cells) -> Intervention:
     return each_head("knockout", heads, "scores", lambda head: change)
 
 
-# --- query, key or values ---
-
-
 def input_from(heads: Sequence[Head], part: str, source: Recordings) -> Intervention:
     """The heads' query ("q"), key ("k") or values ("v") are those of `source`; the other two stay.
 
@@ -209,13 +187,18 @@ def input_from(heads: Sequence[Head], part: str, source: Recordings) -> Interven
     queries of repeats, but neither the keys nor the values of their targets, in the first segment. Take those from
     another row (`donor_rows`).
     """
-    source.fetch({(head.layer, part) for head in heads})
+    return _recorded(f"{INPUTS[part]} alone", heads, part, 2, source)
+
+
+def _recorded(name: str, heads: Sequence[Head], point: str, axis: int, source: Recordings) -> Intervention:
+    """What the heads have at `point` in `source`; `axis`: the one of that point that counts heads."""
+    source.fetch({(head.layer, point) for head in heads})
 
     def change(head: Head) -> Change:
-        recorded = source.get(head.layer, part)[:, :, head.head]
+        recorded = source.get(head.layer, point).select(axis, head.head)
         return lambda old, rows: recorded[rows]
 
-    return each_head(f"{INPUTS[part]} alone", heads, part, change)
+    return each_head(name, heads, point, change)
 
 
 def each_head(name: str, heads: Sequence[Head], point: str, change: Callable[[Head], Change]) -> Intervention:

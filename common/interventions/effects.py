@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 CONTROLS = 3  # random sets of heads beside each set
 UNASKED = 60.0  # seconds that experiments may take without being asked for
-
 METRICS = ("loss_at_repeats", "loss_at_fresh", "loss_difference")  # those that every intervention is measured by
 
 Effect = dict[str, Any]  # what `effect` returns, as results.json holds it
@@ -48,9 +47,6 @@ def fresh(batch: TokenBatch) -> NDArray[np.bool_]:
     first = np.where(repeated.any(1), repeated.argmax(1), batch.lengths)
     position = np.arange(batch.tokens.shape[1])
     return (position > 0) & (position < first[:, None])
-
-
-# --- what an experiment is made on ---
 
 
 class Experiment:
@@ -81,10 +77,7 @@ class Experiment:
         """The two interventions that take a head away, by name."""
         controls, classes = self.recorded(self.drawn.controls.tokens), position_classes(self.drawn.repeats)
         cells = self.drawn.repeats.cells["prefix_matching"]
-        return {
-            "mean": lambda heads: mean(heads, controls, classes),
-            "knockout": lambda heads: knockout(heads, cells),
-        }
+        return {"mean": lambda heads: mean(heads, controls, classes), "knockout": lambda heads: knockout(heads, cells)}
 
     def seconds(self) -> float:
         """How long all `runs` will take at the most, from the time of one."""
@@ -92,9 +85,6 @@ class Experiment:
         started = time.monotonic()
         self.metrics.losses(None)
         return (time.monotonic() - started) * self.runs
-
-
-# --- measures, per row ---
 
 
 class RowMetrics:

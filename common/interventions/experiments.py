@@ -17,8 +17,10 @@ On battery rows that no other part of the project draws:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,8 +31,8 @@ from common.attention.head import Head
 from common.circuits.decomposition import score_advantages
 from common.circuits.maps import interact
 from common.heads.statistics import Floats, Ints
-from common.interventions import effects
-from common.interventions.edits import INPUTS, Intervention, Recordings, donor_rows, input_from, pattern_from, uniform
+from common.interventions import edits, effects
+from common.interventions.edits import INPUTS, Intervene, Intervention, Recordings, donor_rows
 from common.interventions.effects import CONTROLS, METRICS, Experiment, PathEffect, effect
 from common.interventions.paths import paths_into, without_source
 
@@ -84,12 +86,10 @@ class ExperimentPlan(Experiment):
         self.runs = len(self.units) * (1 + CONTROLS) + len(self.senders) * (1 + len(PATHS))
         self.units += [(which, receiver) for which in (WHOLE, *PATHS) if self.senders]
         others = self.recorded(self.drawn.controls.tokens[donor_rows(ROWS, seed)])
-        self.replacements = {
-            "uniform": uniform,
-            "pattern": lambda heads: pattern_from(heads, others),
-            "query": lambda heads: input_from(heads, "q", others),
-            "key": lambda heads: input_from(heads, "k", others),
-            "values": lambda heads: input_from(heads, "v", others),
+        self.replacements: dict[str, Intervene] = {
+            "uniform": edits.uniform,
+            "pattern": partial(edits.pattern_from, source=others),
+            **{word: partial(edits.input_from, part=part, source=others) for part, word in INPUTS.items()},
             **self.ablations(),
         }
         self._measured: dict[tuple[str | None, Head], dict[str, Floats]] = {}
@@ -116,15 +116,11 @@ def run_experiments(plan: ExperimentPlan, earlier: object = None, progress: Prog
     """
     known = effects.known_effects(earlier, plan.settings)
     result = Experiments(plan.settings, missing=[_label(unit) for unit in plan.units])
-    with progress("intervening", plan.runs) as advance:
-        try:
-            for unit in plan.units:
-                which, heads = unit[0], [str(unit[1])]
-                before = [one for one in known if (one["name"], one["heads"]) == (which, heads)]
-                result.effects += before or _done(plan, unit, advance, result.refused)
-                result.missing.remove(_label(unit))
-        except KeyboardInterrupt:
-            pass
+    with progress("intervening", plan.runs) as advance, suppress(KeyboardInterrupt):
+        for unit in plan.units:
+            before = [one for one in known if (one["name"], one["heads"]) == (unit[0], [str(unit[1])])]
+            result.effects += before or _done(plan, unit, advance, result.refused)
+            result.missing.remove(_label(unit))
     return result
 
 
@@ -144,9 +140,6 @@ def _done(plan: ExperimentPlan, unit: Unit, advance: Advance, refused: dict[str,
         return []
 
 
-# --- one part of a head ---
-
-
 def _replacement_effects(plan: ExperimentPlan, kind: str, head: Head, advance: Advance) -> list[PathEffect]:
     """The effect of one of `REPLACEMENTS` on every metric, beside random heads of the layer."""
     clean, changed = (plan.changed(which, head, advance) for which in (None, kind))
@@ -163,13 +156,15 @@ def _replacement_effects(plan: ExperimentPlan, kind: str, head: Head, advance: A
     return found
 
 
-# --- paths ---
-
-
 def _path_effects(plan: ExperimentPlan, which: str, advance: Advance) -> list[PathEffect]:
     """The effect of every sender on the receiver by one kind of path, each beside the other heads of its layer."""
-    clean, changed = plan.changed(None, plan.receiver), {}
-    for sender, intervention in zip(plan.senders, _paths(plan, which), strict=True):
+    clean, changed, ablate = plan.changed(None, plan.receiver), {}, plan.replacements["mean"]
+    if which == WHOLE:
+        interventions = [ablate([sender]) for sender in plan.senders]
+    else:
+        part, through = PATHS[which]
+        interventions = paths_into(plan.receiver, part, ablate, plan.clean, through_mlps=through)
+    for sender, intervention in zip(plan.senders, interventions, strict=True):
         changed[sender] = plan.measure(intervention, plan.receiver)
         advance(1)
     found = []
@@ -181,18 +176,6 @@ def _path_effects(plan: ExperimentPlan, which: str, advance: Advance) -> list[Pa
             one = effect(which, [plan.receiver], metric, clean[metric], after, controls, seed=plan.seed)
             found.append({**one, "sender": str(sender)})
     return found
-
-
-def _paths(plan: ExperimentPlan, which: str) -> Iterable[Intervention]:
-    """One intervention per sender."""
-    ablate = plan.replacements["mean"]
-    if which == WHOLE:
-        return (ablate([sender]) for sender in plan.senders)
-    part, through = PATHS[which]
-    return paths_into(plan.receiver, part, ablate, plan.clean, through_mlps=through)
-
-
-# --- predict, intervene, compare ---
 
 
 def removals(

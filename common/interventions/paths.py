@@ -29,7 +29,7 @@ from torch import Tensor
 from common import UserError
 from common.attention.head import Head
 from common.heads.attribution import check_same, check_written
-from common.interventions.edits import INPUTS, Change, Intervene, Intervention, Recordings, Tap, each_head, zero
+from common.interventions.edits import INPUTS, Change, Intervene, Intervention, Recordings, each_head, zero
 from common.loading.families import UNCHANGED, plain
 
 
@@ -44,16 +44,20 @@ def path(
     reach the residual stream as they are, or through MLPs, one whose MLPs do not read the stream after attention
     (parallel blocks) or do not write into it as they are.
     """
-    _check_order(senders.heads, receivers)
     changes = _changes(senders, clean)
 
     def read_by(layer: int) -> Tensor:
-        stream = clean.get(layer, "resid_pre") + _arriving(clean, changes, layer, through_mlps)
-        return clean.run({(layer, part)}, (), stream)[layer, part]
+        stream = clean.get(layer, "resid_pre")
+        difference = torch.zeros_like(stream)
+        for below in range(min(changes), layer):
+            difference = difference + changes.get(below, 0.0)
+            if through_mlps:
+                difference = difference + _mlp_change(clean, below, difference)
+        return clean.run({(layer, part)}, (), stream + difference)[layer, part]
 
     way = " through MLPs" if through_mlps else ""
     name = f"{senders.name} {' '.join(map(str, senders.heads))} → {INPUTS[part]}{way}"
-    return _given(name, receivers, part, clean, read_by)
+    return _given(name, senders.heads, receivers, part, clean, read_by)
 
 
 def paths_into(
@@ -75,7 +79,6 @@ def without_source(
     that a decomposition of the score by source gives it. `through_first_mlp`: a source of layer 0 is what that head
     wrote with what MLP 0 makes of it, as in the decomposition. Raises UserError as `path` does.
     """
-    _check_order(sources, receivers)
     lost = torch.stack([_written_by(clean, head, through_first_mlp) for head in sources]).sum(0)
 
     def read_by(layer: int) -> Tensor:
@@ -84,20 +87,21 @@ def without_source(
         term = torch.from_numpy(norm.linear(plain(lost)) / norm.scale(plain(stream))).to(stream)
         # The norm's own output less the part of it that is linear in what is lost: the scale has not moved.
         module, side = (parts.attention_in, "output") if parts.attention_in else (parts.attention, "input")
-
-        def less(rows: slice) -> Tap:
-            return module, side, lambda value: value - term[rows]
-
-        return clean.run({(layer, part)}, (), stream, less)[layer, part]
+        return clean.run({(layer, part)}, (), stream, (module, side, -term))[layer, part]
 
     name = f"{INPUTS[part]} without {' '.join(map(str, sources))}"
-    return _given(name, receivers, part, clean, read_by)
+    return _given(name, sources, receivers, part, clean, read_by)
 
 
 def _given(
-    name: str, receivers: Sequence[Head], part: str, clean: Recordings, read_by: Callable[[int], Tensor]
-) -> Intervention:
-    """Give the receivers the query, key or values that their layer makes of what is now `read_by` it."""
+    name: str, senders: Sequence[Head], receivers: Sequence[Head], part: str, clean: Recordings,
+    read_by: Callable[[int], Tensor],
+) -> Intervention:  # fmt: skip
+    """Give the receivers the query, key or values [rows, pos, head, d_head] that their layer has now `read_by` it."""
+    for sender, receiver in product(senders, receivers):
+        if sender.layer >= receiver.layer:
+            why = "the sender's layer must come before the receiver's"
+            raise UserError(f"head {receiver} reads nothing of head {sender}: {why}")
     new = {layer: read_by(layer) for layer in {head.layer for head in receivers}}
 
     def change(head: Head) -> Change:
@@ -117,17 +121,6 @@ def _changes(senders: Intervention, clean: Recordings) -> dict[int, Tensor]:
         move = (changed - clean.get(layer, "z"))[:, :, head.head]
         changes[layer] = changes.get(layer, 0.0) + _through_projection(clean, head, move)
     return changes
-
-
-def _arriving(clean: Recordings, changes: dict[int, Tensor], layer: int, through_mlps: bool) -> Tensor:
-    """How the residual stream that `layer` reads differs, [rows, pos, d_model], when heads of earlier layers change
-    what they write as `changes` says, other heads write what they write clean, and MLPs too or what they then make."""
-    difference = torch.zeros_like(clean.get(layer, "resid_pre"))
-    for at in range(min(changes), layer):
-        difference = difference + changes.get(at, 0.0)
-        if through_mlps:
-            difference = difference + _mlp_change(clean, at, difference)
-    return difference
 
 
 def _mlp_change(clean: Recordings, layer: int, difference: Tensor) -> Tensor:
@@ -167,10 +160,3 @@ def _through_projection(clean: Recordings, head: Head, output: Tensor) -> Tensor
     check_written(clean.model, layer, clean.get(layer, "projected"), clean.get(layer, "attn_out"))
     with torch.no_grad():
         return output @ clean.model.parts.layers[layer].weights.W_O[head.head]
-
-
-def _check_order(senders: Sequence[Head], receivers: Sequence[Head]) -> None:
-    for sender, receiver in product(senders, receivers):
-        if sender.layer >= receiver.layer:
-            why = "the sender's layer must come before the receiver's"
-            raise UserError(f"head {receiver} reads nothing of head {sender}: {why}")

@@ -93,8 +93,6 @@ class Runner:
             show = lambda _, call, rows=rows: reader(call, rows)  # noqa: E731
             self.model.read(self.tokens[rows], show, [layer], edits, rows=rows, start=start)
 
-    # --- metrics ---
-
     def log_prob(self, logits: Tensor, which: Ints) -> Tensor:
         """Metric: log-probability of the right token, in nats; the loss is its negative."""
         return self._right(logits, which)[:, 0] - logits.logsumexp(-1)
@@ -122,8 +120,6 @@ class Runner:
             kept[which] = logits.log_softmax(-1).cpu()
         return kept
 
-    # --- runs ---
-
     def _run(self, intervention: Intervention | None) -> Iterator[tuple[Ints, Tensor]]:
         """Yield some of the predictions, as indices, with their logits [n, d_vocab] in float32, until all are had."""
         edits, first = (intervention.edits, intervention.first_layer) if intervention else ((), 0)
@@ -146,9 +142,6 @@ class Runner:
             point = layer, "resid_pre"
             chunk.streams = {layer: self.model.record(self.tokens[chunk.rows], {point}, start=start)[point]}
         return layer, chunk.streams[layer]
-
-
-# --- many interventions ---
 
 
 def sweep(
