@@ -6,8 +6,8 @@ Two interventions (common/interventions/edits.py) on battery rows that detection
   output that depends on the row is gone, its constant part stays;
 - attention knockout: the head does not attend to the tokens after earlier copies; its row of attention is renormalised.
 
-Each effect has a 95 % interval over rows and, as its control, the same intervention on as many other heads of the same
-layers, drawn at random. Single heads mislead where heads cover for each other, so the set of all comes with them.
+Each effect has an interval and a control (common/interventions/effects.py). Single heads mislead where heads cover for
+each other, so the set of all comes with them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from common.interventions.effects import CONTROLS, Effect, Experiment, effects_w
 from common.interventions.runner import Predictions, Runner, greedy
 
 if TYPE_CHECKING:
-    from common.attention.head import Head
     from common.heads.detection import Detection
     from common.loading.model import Model
 
@@ -39,13 +38,10 @@ GREEDY = "the greedy order"
 
 @dataclass
 class Ablation:
-    """What was measured.
-
-    `clean`: each metric without intervention; `effects`: of single heads and of the `together` set; `greedy`: heads in
-    the order in which adding them raises the loss at repeats most, each with `loss_at_repeats` without it and all
-    before it; `missing`: what an interruption left out; `impossible`: by intervention, why the model does not let it be
-    made; `settings`: what another run must share to go on from here.
-    """
+    """What was measured. `clean`: each metric without intervention; `effects`: of single heads and of the `together`
+    set; `greedy`: the head to take next, and the loss at repeats without it and all before it; `missing`: what an
+    interruption left out; `impossible`: by intervention, why the model does not let it be made; `settings`: what
+    another run must share to go on from here."""
 
     together: list[str]
     settings: Mapping[str, object]
@@ -75,8 +71,7 @@ class AblationPlan(Experiment):
         self.singles = heads[:MOST_SINGLE]
         self.sets = [(head,) for head in self.singles] + ([tuple(heads)] if len(heads) > 1 else [])
         self.interventions = self.ablations()
-        ways = len(self.interventions)
-        self.runs = ways * len(self.sets) * (1 + CONTROLS) + MOST_GREEDY * len(self.singles)
+        self.runs = len(self.interventions) * len(self.sets) * (1 + CONTROLS) + MOST_GREEDY * len(self.singles)
 
 
 def ablate(plan: AblationPlan, earlier: object = None, progress: Progress = silent) -> Ablation:
@@ -88,35 +83,25 @@ def ablate(plan: AblationPlan, earlier: object = None, progress: Progress = sile
     clean = {metric: float(np.nanmean(values)) for metric, values in plan.metrics.of(None).items()}
     result = Ablation(names(plan.sets[-1]) if plan.sets else [], plan.settings, clean)
     result.effects = known_effects(earlier, plan.settings)
-    done = {_label(one["name"], one["heads"]) for one in result.effects}
-    wanted = {way: [some for some in plan.sets if _label(way, names(some)) not in done] for way in plan.interventions}
-    result.missing = [_label(way, names(some)) for way, sets in wanted.items() for some in sets] + [GREEDY]
+    done = {(one["name"], *one["heads"]) for one in result.effects}
+    wanted = {way: [some for some in plan.sets if (way, *names(some)) not in done] for way in plan.interventions}
+    result.missing = [" ".join([way, *names(some)]) for way, sets in wanted.items() for some in sets] + [GREEDY]
     with progress("ablating heads", plan.runs) as advance, suppress(KeyboardInterrupt):
         for way, sets in wanted.items():
-            _add_effects(result, plan, way, sets, advance)
+            made = effects_with_controls(
+                plan.metrics, way, sets, plan.interventions[way],
+                controls=CONTROLS, avoid=plan.avoid, seed=plan.seed, advance=advance,
+            )  # fmt: skip
+            try:
+                for effects in made:
+                    result.effects += effects
+                    result.missing.remove(" ".join([way, *effects[0]["heads"]]))
+            except UserError as error:  # the model does not let it be made; the other way may be allowed
+                result.impossible[way] = str(error)
         if "knockout" not in result.impossible:
             result.greedy = _greedy_order(plan, advance)
         result.missing = []
     return result
-
-
-def _label(way: str, heads: Sequence[str]) -> str:
-    return f"{way} {' '.join(heads)}"
-
-
-def _add_effects(
-    result: Ablation, plan: AblationPlan, way: str, sets: Sequence[tuple[Head, ...]], advance: Advance
-) -> None:
-    """Add the effects of one intervention as they come; where the model does not let it be made, the reason."""
-    try:
-        for effects in effects_with_controls(
-            plan.metrics, way, sets, plan.interventions[way],
-            controls=CONTROLS, avoid=plan.avoid, seed=plan.seed, advance=advance,
-        ):  # fmt: skip
-            result.effects += effects
-            result.missing.remove(_label(way, effects[0]["heads"]))
-    except UserError as error:
-        result.impossible[way] = str(error)
 
 
 def _greedy_order(plan: AblationPlan, advance: Advance) -> list[dict[str, Any]]:

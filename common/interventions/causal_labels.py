@@ -15,11 +15,11 @@ either is at most `-LEAST` and its interval lies below 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from common.attention.batches import Advance, Progress, silent
@@ -56,31 +56,25 @@ class CausalEffects:
 
     def heads(self, sign: int) -> list[Head]:
         """Heads that raise (+1) or only lower (-1) the correct token by `LEAST` nats or more, surely."""
-        helps, harms = self._surely(+1), self._surely(-1)
+        both = np.stack([self.needed, self.direct], 1)
+        mean, (low, high) = both.mean(0), interval_over_rows(both)
+        helps = ((mean >= LEAST) & (low > 0)).any(0)
+        harms = ((mean <= -LEAST) & (high < 0)).any(0)
         return [Head.at(*place) for place in np.argwhere(helps if sign > 0 else harms & ~helps)]
 
     def as_json(self) -> dict[str, object]:
         """The content of a labels.json."""
-        numbers = np.stack([self._both.mean(0), *interval_over_rows(self._both)], -1).round(4)
-        by_head = {}
+        numbers, by_head = {}, {}
+        for kind, effect in (("needed", self.needed), ("direct", self.direct)):
+            numbers[kind] = np.stack([effect.mean(0), *interval_over_rows(effect)], -1).round(4)
         for place in np.ndindex(*self.needed.shape[1:]):
-            needed, direct = numbers[(slice(None), *place)].tolist()
-            by_head[str(Head.at(*place))] = {"needed": needed, "direct": direct}
+            by_head[str(Head.at(*place))] = {kind: values[place].tolist() for kind, values in numbers.items()}
         return {
             "source": self.source,
             "induction_heads": names(self.heads(+1)),
             "suppression_heads": names(self.heads(-1)),
             "effects_in_nats_with_95_percent_intervals": by_head,
         }
-
-    @property
-    def _both(self) -> Floats:
-        return np.stack([self.needed, self.direct], 1)
-
-    def _surely(self, sign: int) -> NDArray[np.bool_]:
-        """[layers, heads]: whether either effect is large in this direction and its interval lies on one side of 0."""
-        low, _ = interval_over_rows(sign * self._both)
-        return ((sign * self._both.mean(0) >= LEAST) & (low > 0)).any(0)
 
 
 def measure_causal_effects(
@@ -97,8 +91,8 @@ def measure_causal_effects(
         direct = exact_direct_effect(model, drawn, predictions, batch_size=batch_size, advance=advance)
     runner = Runner(model, drawn.tokens, predictions, batch_size=batch_size)
     clean, needed = runner.log_probs(None), np.zeros(direct.shape)
-    heads = [Head.at(*place) for place in np.ndindex(*direct.shape[1:])]
-    each = [knockout([head], drawn.cells["prefix_matching"]) for head in heads]
+    cells = drawn.cells["prefix_matching"]
+    each = [knockout([Head.at(*place)], cells) for place in np.ndindex(*direct.shape[1:])]
     with progress("causal labels, heads", len(each)) as advance:
         for intervention, found in sweep(runner, each, advance=advance):
             (head,) = intervention.heads
@@ -113,10 +107,9 @@ def exact_direct_effect(
     """The direct effect of each head's prefix-matching cells on the right token's logit less the mean logit,
     [rows, layers, heads], in nats; NaN for a row without a prediction. Above 0: the cells raise it.
 
-    What the head writes less without the cells is put into the final residual stream, and final norm and unembedding
-    are computed again: exact, not the linear approximation of direct logit attribution.
-    Raises UserError for a model whose logits are not an unembedding of its normed residual stream, or whose head
-    outputs do not reach that stream as they are.
+    Final norm and unembedding are computed again on what is left of the final residual stream: exact, not the linear
+    approximation of direct logit attribution. Raises UserError for a model whose logits are not an unembedding of its
+    normed residual stream, or whose head outputs do not reach that stream as they are.
     """
     check_readout(model, batch.tokens[:1])
     rows, found = len(batch.tokens), np.full((len(predictions.row), model.n_layers, model.n_heads), np.nan)
@@ -142,20 +135,12 @@ def _direct_at_once(model: Model, part: TokenBatch, at: tuple[Ints, Ints], token
 
     model.read(part.tokens, keep)
     layers, last = range(model.n_layers), (model.n_layers - 1, "resid_post")
-    wanted = {(layer, name) for layer in layers for name in ("projected", "attn_out")}
-    seen = model.record(part.tokens, {last, *wanted})
+    seen = model.record(part.tokens, {last, *product(layers, ("projected", "attn_out"))})
     for layer in layers:
         check_written(model, layer, seen[layer, "projected"], seen[layer, "attn_out"])
-    stream = seen[last][at][:, None]
-    clean = _centred_logit(model, stream, token)
-    lost = [clean - _centred_logit(model, stream - moves[layer], token) for layer in layers]
-    return torch.stack(lost, 1).double().cpu().numpy()
-
-
-def _centred_logit(model: Model, stream: Tensor, token: Tensor) -> Tensor:
-    """Logit of `token` [n] less the mean over all tokens, from the final stream [n, heads, d_model]; [n, heads]."""
-    weights, bias = unembedding_weights(model.parts)  # [d_vocab, d_model], [d_vocab]
+    stream, (weights, _) = seen[last][at][:, None], unembedding_weights(model.parts)  # [d_vocab, d_model]
     with torch.no_grad():
-        direction = weights[token] - weights.mean(0)
-        projected = torch.einsum("nhm,nm->nh", model.parts.final_norm(stream), direction)
-        return projected if bias is None else projected + (bias[token] - bias.mean())[:, None]
+        # A bias of the unembedding stays as it is: it takes no part in the difference.
+        direction, norm = weights[token] - weights.mean(0), model.parts.final_norm
+        lost = [torch.einsum("nhm,nm->nh", norm(stream) - norm(stream - moves[layer]), direction) for layer in layers]
+    return torch.stack(lost, 1).double().cpu().numpy()

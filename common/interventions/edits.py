@@ -49,7 +49,7 @@ class Intervention:
     edits: tuple[Edit, ...]
 
     def __add__(self, other: Intervention) -> Intervention:
-        heads = self.heads + tuple(head for head in other.heads if head not in self.heads)
+        heads = tuple(dict.fromkeys(self.heads + other.heads))
         return Intervention(f"{self.name} + {other.name}", heads, self.edits + other.edits)
 
     def __repr__(self) -> str:
@@ -106,11 +106,8 @@ def zero(heads: Sequence[Head]) -> Intervention:
 
 
 def mean(heads: Sequence[Head], reference: Recordings, classes: Ints) -> Intervention:
-    """Each head output is its mean over the reference rows' positions of the same class.
-
-    `classes`: [rows, pos] of the reference rows, and of the rows to run, such as `position_classes` gives; negative
-    where there is nothing to average.
-    """
+    """Each head output is its mean over the reference rows' positions of the same class. `classes`: [rows, pos] of the
+    reference rows and of the rows to run, such as `position_classes` gives; negative where nothing is averaged."""
     reference.fetch({(head.layer, "z") for head in heads})
     places = torch.from_numpy(np.maximum(classes, 0))
 
@@ -128,8 +125,7 @@ def mean(heads: Sequence[Head], reference: Recordings, classes: Ints) -> Interve
 
 def position_classes(batch: TokenBatch) -> Ints:
     """[rows, pos]: 0 BOS, 1 a query without a target, 2 a query with one, -1 padding."""
-    classes = np.ones(batch.tokens.shape, dtype=np.int64)
-    cells = batch.cells["prefix_matching"]
+    classes, cells = np.ones_like(batch.tokens), batch.cells["prefix_matching"]
     classes[cells.row, cells.query] = 2
     classes[:, 0] = 0  # what a head says of BOS is like nothing else it says
     classes[np.arange(batch.tokens.shape[1]) >= batch.lengths[:, None]] = -1
@@ -141,9 +137,7 @@ def donor_rows(rows: int, seed: int) -> Ints:
     if rows < 2:
         raise UserError("resampling needs at least two rows: no row may get its own")
     cycle = np.random.default_rng(seed).permutation(rows)
-    donors = np.empty(rows, dtype=np.int64)
-    donors[cycle] = np.roll(cycle, 1)
-    return donors
+    return np.roll(cycle, 1)[np.argsort(cycle)]  # the giver of each row is the one before it in the cycle
 
 
 def uniform(heads: Sequence[Head]) -> Intervention:
@@ -163,16 +157,14 @@ def pattern_from(heads: Sequence[Head], source: Recordings) -> Intervention:
 
 def knockout(heads: Sequence[Head], cells: Cells) -> Intervention:
     """Attention knockout: no attention to the `cells`, the rest of the query's row renormalised. A row in which nothing
-    is left stays empty.
-
-    Done before softmax, by scores of -inf: renormalising the pattern would be 0/0 in float32 where all is on the cells.
-    """
+    is left stays empty."""
     row, query, key = (torch.from_numpy(index) for index in (cells.row, cells.query, cells.key))
 
     def change(scores: Tensor, rows: slice) -> Tensor:
         start = rows.start or 0
         inside = (row >= start) & (row < start + len(scores))
         left = scores.clone()
+        # Before softmax: renormalising the pattern would be 0/0 in float32 where all attention is on the cells.
         left[row[inside] - start, query[inside], key[inside]] = -torch.inf
         return left
 
@@ -183,9 +175,8 @@ def input_from(heads: Sequence[Head], part: str, source: Recordings) -> Interven
     """The heads' query ("q"), key ("k") or values ("v") are those of `source`; the other two stay.
 
     Attention is recomputed for a new query or key, and kept for new values. Where query heads share a key, only the
-    named heads see the new one. A row's own control row differs from it only from the second segment on: it changes the
-    queries of repeats, but neither the keys nor the values of their targets, in the first segment. Take those from
-    another row (`donor_rows`).
+    named heads see the new one. A row's own control has the same first segment, and with it the same keys and values at
+    the targets: take those from another row (`donor_rows`).
     """
     return _recorded(f"{INPUTS[part]} alone", heads, part, 2, source)
 

@@ -69,14 +69,10 @@ class Experiment:
             "length": self.drawn.repeats.tokens.shape[1], "avoided": names(self.avoid),
         }  # fmt: skip
 
-    def recorded(self, tokens: Ints) -> Recordings:
-        """The model's clean activations on [rows, pos] ids."""
-        return Recordings(self.model, tokens, batch_size=self.batch_size)
-
     def ablations(self) -> dict[str, Intervene]:
         """The two interventions that take a head away, by name."""
-        controls, classes = self.recorded(self.drawn.controls.tokens), position_classes(self.drawn.repeats)
-        cells = self.drawn.repeats.cells["prefix_matching"]
+        controls = Recordings(self.model, self.drawn.controls.tokens, batch_size=self.batch_size)
+        classes, cells = position_classes(self.drawn.repeats), self.drawn.repeats.cells["prefix_matching"]
         return {"mean": lambda heads: mean(heads, controls, classes), "knockout": lambda heads: knockout(heads, cells)}
 
     def seconds(self) -> float:
@@ -119,17 +115,17 @@ class RowMetrics:
 
     def prefix_matching(self, head: Head, intervention: Intervention | None = None) -> Floats:
         """The head's own prefix matching per row, [rows] in [0, 1]; NaN without a target."""
-        cells = self.batch.cells["prefix_matching"]
-        paid = np.zeros(len(cells.group_row))
+        paid: list[Floats] = []
 
         def read(call: Call, rows: slice) -> None:
-            inside = (cells.row >= rows.start) & (cells.row < rows.stop)
-            pattern = call.pattern_of(head.head).double().cpu().numpy()
-            read_off = pattern[cells.row[inside] - rows.start, cells.query[inside], cells.key[inside]]
-            np.add.at(paid, cells.group[inside], read_off)
+            cells = self.batch.cells["prefix_matching"].rows(rows.start, rows.stop)
+            at_cells = call.pattern_of(head.head)[cells.row, cells.query, cells.key].double().cpu().numpy()
+            by_query = np.zeros(len(cells.group_row))
+            np.add.at(by_query, cells.group, at_cells)
+            paid.append(mean_per_row(by_query, cells.group_row, rows.stop - rows.start))
 
         self.runner.watch(head.layer, intervention, read)
-        return mean_per_row(paid, cells.group_row, len(self.batch.tokens))
+        return np.concatenate(paid)
 
     def _losses(self, log_prob: Floats) -> dict[str, Floats]:
         repeats, fresh = (-self._mean(log_prob, chosen) for chosen in (self._repeated, ~self._repeated))
@@ -156,17 +152,13 @@ def continuation(
 ) -> Ints:
     """The `count` likeliest next ids, one by one, after [pos] ids that start with BOS.
 
-    `intervene` makes the intervention anew for the row as it grows, such as
-    `lambda row: knockout(heads, row.cells["prefix_matching"])`.
+    `intervene` is asked anew as the row grows, such as `lambda row: knockout(heads, row.cells["prefix_matching"])`.
     """
     grown = list(tokens)
     for _ in range(count):
         row = TokenBatch.of([np.array(grown, dtype=np.int64)], pad=model.bos)
         grown.append(int(model.logits(row.tokens, intervene(row).edits if intervene else ())[0, -1].argmax()))
     return np.array(grown[len(tokens) :], dtype=np.int64)
-
-
-# --- from rows to an effect ---
 
 
 def with_interval(values: Floats, *, seed: int = 0) -> tuple[float, list[float]]:
@@ -265,8 +257,6 @@ def names(heads: Sequence[Head]) -> list[str]:
     return [str(head) for head in heads]
 
 
-# --- effects of an earlier run ---
-
 _NUMBER = {"type": ["number", "null"]}  # NaN is saved as null
 _ENDS = {"type": "array", "items": _NUMBER, "minItems": 2, "maxItems": 2}
 _HEADS = {"type": "array", "items": {"type": "string"}}
@@ -280,10 +270,8 @@ _FORM = {"type": "object", "required": list(_EFFECT), "properties": {**_EFFECT, 
 
 
 def known_effects(earlier: object, settings: Mapping[str, object]) -> list[Effect]:
-    """The effects of an earlier result that was measured with the same settings; none of anything else.
-
-    `earlier` was read from a file that anybody may have written, so nothing is taken for granted.
-    """
+    """The effects of an earlier result that was measured with the same settings; none of anything else."""
+    # It was read from a file that anybody may have written: nothing is taken for granted.
     if not isinstance(earlier, dict) or earlier.get("settings") != settings:
         return []
     effects: Any = earlier.get("effects")

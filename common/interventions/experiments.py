@@ -3,10 +3,9 @@
 On battery rows that no other part of the project draws:
 
 1. One part of a head at a time (`REPLACEMENTS`): its pattern (uniform, or that of another row), its query, its key or
-   its values (of another row), attention knockout of its induction cells, its whole output (mean over control rows).
-   The other row is another row's control: a row's own control has the same first segment, and with it the same keys and
-   values at the targets. Measured: the head's own prefix matching and the loss at repeats and at fresh tokens. Control:
-   the same on random heads of the layer, each measured by its own prefix matching.
+   its values (of another row's control), attention knockout of its induction cells, its whole output (mean over control
+   rows). Measured: the head's own prefix matching and the loss at repeats and at fresh tokens. Control: the same on
+   random heads of the layer, each measured by its own prefix matching.
 2. The path map: every earlier head is mean-ablated for the query, the key or the values of one head alone, the
    receiver; MLPs in between as they are (direct), or recomputed. Beside it the sender ablated for all that reads it.
    Measured: the receiver's prefix matching, which its values cannot change, and the loss at repeats. Control: all other
@@ -21,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from common.heads.statistics import Floats, Ints
 from common.interventions import edits, effects
 from common.interventions.edits import INPUTS, Intervene, Intervention, Recordings, donor_rows
 from common.interventions.effects import CONTROLS, METRICS, Experiment, PathEffect, effect
-from common.interventions.paths import paths_into, without_source
+from common.interventions.paths import path, without_source
 
 if TYPE_CHECKING:
     from common.circuits.decomposition import Decomposition
@@ -50,16 +50,11 @@ PATHS = {f"path to {word}{way}": (part, bool(way)) for way in ("", THROUGH) for 
 WHOLE = "whole sender"
 PATH_METRICS = ("prefix_matching", "loss_at_repeats")
 
-Unit = tuple[str, Head]  # one kind of replacement, or of path, and the head that it ends in
-
 
 @dataclass
 class Experiments:
-    """What was measured.
-
-    `effects`: of replacements and of paths; `refused`: what cannot be done on this model, and why; `missing`: what an
-    interruption left out; `settings`: what another run must share to go on from here.
-    """
+    """What was measured: `effects` of replacements and of paths; `refused`: what cannot be done on this model, and why;
+    `missing`: what an interruption left out; `settings`: what another run must share to go on from here."""
 
     settings: Mapping[str, object]
     effects: list[PathEffect] = field(default_factory=list)
@@ -73,19 +68,19 @@ class Experiments:
 
 class ExperimentPlan(Experiment):
     """What `run_experiments` will do: replace the parts of `heads`, and walk the paths into the `receiver` from all
-    `senders`, the heads below it. `units`: all of it, in order."""
+    `senders`, the heads below it. `units`: in order, each kind of replacement, or of path, and the head it ends in."""
 
     def __init__(
         self, model: Model, heads: Sequence[Head], receiver: Head, found: Detection, *, seed: int, batch_size: int
     ):
         super().__init__(model, found, rows=ROWS, first=FIRST_ROW, seed=seed, batch_size=batch_size)
         self.receiver = receiver
-        self.clean = self.recorded(self.drawn.repeats.tokens)
+        self.clean = Recordings(model, self.drawn.repeats.tokens, batch_size=batch_size)
         self.senders = [Head.at(*place) for place in np.ndindex(receiver.layer, model.n_heads)]
-        self.units: list[Unit] = [(kind, head) for head in heads for kind in REPLACEMENTS]
+        self.units: list[tuple[str, Head]] = [(kind, head) for head in heads for kind in REPLACEMENTS]
         self.runs = len(self.units) * (1 + CONTROLS) + len(self.senders) * (1 + len(PATHS))
         self.units += [(which, receiver) for which in (WHOLE, *PATHS) if self.senders]
-        others = self.recorded(self.drawn.controls.tokens[donor_rows(ROWS, seed)])
+        others = Recordings(model, self.drawn.controls.tokens[donor_rows(ROWS, seed)], batch_size=batch_size)
         self.replacements: dict[str, Intervene] = {
             "uniform": edits.uniform,
             "pattern": partial(edits.pattern_from, source=others),
@@ -115,29 +110,22 @@ def run_experiments(plan: ExperimentPlan, earlier: object = None, progress: Prog
     says what is not.
     """
     known = effects.known_effects(earlier, plan.settings)
-    result = Experiments(plan.settings, missing=[_label(unit) for unit in plan.units])
+    result = Experiments(plan.settings, missing=[f"{which} of {head}" for which, head in plan.units])
     with progress("intervening", plan.runs) as advance, suppress(KeyboardInterrupt):
-        for unit in plan.units:
-            before = [one for one in known if (one["name"], one["heads"]) == (unit[0], [str(unit[1])])]
-            result.effects += before or _done(plan, unit, advance, result.refused)
-            result.missing.remove(_label(unit))
+        for (which, head), label in zip(plan.units, tuple(result.missing), strict=True):
+            before = [one for one in known if (one["name"], one["heads"]) == (which, [str(head)])]
+            try:
+                result.effects += before or _done(plan, which, head, advance)
+            except UserError as error:
+                result.refused[label] = str(error)
+            result.missing.remove(label)
     return result
 
 
-def _label(unit: Unit) -> str:
-    return f"{unit[0]} of {unit[1]}"
-
-
-def _done(plan: ExperimentPlan, unit: Unit, advance: Advance, refused: dict[str, str]) -> list[PathEffect]:
-    """The effects of one unit; none, and the reason in `refused`, where the architecture does not allow it."""
-    which, head = unit
-    try:
-        if which in REPLACEMENTS:
-            return _replacement_effects(plan, which, head, advance)
-        return _path_effects(plan, which, advance)
-    except UserError as error:
-        refused[_label(unit)] = str(error)
-        return []
+def _done(plan: ExperimentPlan, which: str, head: Head, advance: Advance) -> list[PathEffect]:
+    if which in REPLACEMENTS:
+        return _replacement_effects(plan, which, head, advance)
+    return _path_effects(plan, which, advance)
 
 
 def _replacement_effects(plan: ExperimentPlan, kind: str, head: Head, advance: Advance) -> list[PathEffect]:
@@ -158,13 +146,15 @@ def _replacement_effects(plan: ExperimentPlan, kind: str, head: Head, advance: A
 
 def _path_effects(plan: ExperimentPlan, which: str, advance: Advance) -> list[PathEffect]:
     """The effect of every sender on the receiver by one kind of path, each beside the other heads of its layer."""
-    clean, changed, ablate = plan.changed(None, plan.receiver), {}, plan.replacements["mean"]
-    if which == WHOLE:
-        interventions = [ablate([sender]) for sender in plan.senders]
-    else:
-        part, through = PATHS[which]
-        interventions = paths_into(plan.receiver, part, ablate, plan.clean, through_mlps=through)
-    for sender, intervention in zip(plan.senders, interventions, strict=True):
+    clean, changed = plan.changed(None, plan.receiver), {}
+    # All that paths read of the clean run is recorded in one pass over the rows: cheaper than one by one.
+    points = ("z", "projected", "attn_out", "resid_pre", "resid_post")
+    plan.clean.fetch(set(product(range(plan.receiver.layer), points)))
+    for sender in plan.senders:
+        intervention = plan.replacements["mean"]([sender])
+        if which != WHOLE:
+            part, through = PATHS[which]
+            intervention = path(intervention, [plan.receiver], part, plan.clean, through_mlps=through)
         changed[sender] = plan.measure(intervention, plan.receiver)
         advance(1)
     found = []
@@ -196,10 +186,9 @@ def removal(model: Model, tokens: Ints, met: Interaction, head: Head, split: Dec
 
     The norm's scale is frozen; a head of layer 0 counts with what MLP 0 makes of it. `tokens`: the row [pos] of the
     decomposition; `met`: its layer there. Returns the `source`, the `predicted` and `measured` change of the score
-    advantage, `score_predicted` and `score_measured` of the score itself, and as `relative_error` the larger error of
-    both, relative to the predicted change of the score advantage; means over the cells, in score units. None where no
-    earlier head is among the sources. Raises UserError where keys are normed once more, head by head: what is left of a
-    key would then be normed anew.
+    advantage, and of the score itself (`score_…`), means over the cells in score units; `relative_error`: the larger
+    error of both over the predicted change of the score advantage. None where no earlier head is among the sources.
+    Raises UserError where keys are normed once more, head by head: what is left of a key would then be normed anew.
     """
     earlier = {str(Head.at(*place)) for place in np.ndindex(met.layer, model.n_heads)}
     columns = [column for column, source in enumerate(split.sources) if source in earlier]

@@ -13,8 +13,7 @@
 `without_source` is the same with the scale of the receiver's norm frozen, which makes it linear: a score changes by
 exactly the term that the decomposition (common/circuits/decomposition.py) gives the source.
 
-`transformer_lens.patching.get_act_patch_direct_path` does the same for a sender's output on other tokens, one number
-for the whole batch, and refuses keys and values of grouped-query models. It serves as the reference in the tests.
+The tests hold it against `transformer_lens.patching.get_act_patch_direct_path`, which patches from other tokens alone.
 """
 
 from __future__ import annotations
@@ -22,14 +21,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import product
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from common import UserError
 from common.attention.head import Head
 from common.heads.attribution import check_same, check_written
-from common.interventions.edits import INPUTS, Change, Intervene, Intervention, Recordings, each_head, zero
+from common.interventions.edits import INPUTS, Change, Intervention, Recordings, each_head, zero
 from common.loading.families import UNCHANGED, plain
 
 
@@ -39,12 +37,16 @@ def path(
     """The receivers' query ("q"), key ("k") or values ("v") alone read the senders' output as the intervention
     `senders` leaves it.
 
-    Each sender's output is taken with everything else clean; what several senders change is added up. See the module's
-    docstring for the steps. Raises UserError for a receiver no later than a sender, a model whose head outputs do not
-    reach the residual stream as they are, or through MLPs, one whose MLPs do not read the stream after attention
-    (parallel blocks) or do not write into it as they are.
+    Each sender's output is taken with everything else clean; what several senders change is added up. Raises UserError
+    for a receiver no later than a sender, a model whose head outputs do not reach the residual stream as they are, or
+    through MLPs, one whose MLPs do not read the stream after attention (parallel blocks) or write into it as they are.
     """
-    changes = _changes(senders, clean)
+    changes: dict[int, Tensor] = {}  # by layer, how far what the senders write there moves, [rows, pos, d_model]
+    for head in senders.heads:
+        layer, own = head.layer, senders.of(head).edits
+        changed = clean.run({(layer, "z")}, own, clean.get(layer, "resid_pre"))[layer, "z"]
+        move = (changed - clean.get(layer, "z"))[:, :, head.head]
+        changes[layer] = changes.get(layer, 0.0) + _through_projection(clean, head, move)
 
     def read_by(layer: int) -> Tensor:
         stream = clean.get(layer, "resid_pre")
@@ -60,16 +62,6 @@ def path(
     return _given(name, senders.heads, receivers, part, clean, read_by)
 
 
-def paths_into(
-    receiver: Head, part: str, intervene: Intervene, clean: Recordings, *, through_mlps: bool = False
-) -> list[Intervention]:
-    """The path of every earlier head, alone, into the receiver's query, key or values; `intervene` ablates a sender."""
-    points = ("z", "projected", "attn_out", "resid_pre", "resid_post")
-    clean.fetch({(layer, point) for layer in range(receiver.layer) for point in points})
-    senders = [Head.at(*place) for place in np.ndindex(receiver.layer, clean.model.n_heads)]
-    return [path(intervene([sender]), [receiver], part, clean, through_mlps=through_mlps) for sender in senders]
-
-
 def without_source(
     sources: Sequence[Head], receivers: Sequence[Head], part: str, clean: Recordings, *, through_first_mlp: bool = False
 ) -> Intervention:
@@ -79,7 +71,14 @@ def without_source(
     that a decomposition of the score by source gives it. `through_first_mlp`: a source of layer 0 is what that head
     wrote with what MLP 0 makes of it, as in the decomposition. Raises UserError as `path` does.
     """
-    lost = torch.stack([_written_by(clean, head, through_first_mlp) for head in sources]).sum(0)
+
+    def written_by(head: Head) -> Tensor:
+        if head.layer == 0 and through_first_mlp:
+            silenced = Recordings(clean.model, clean.tokens, batch_size=clean.batch_size, under=zero([head]))
+            return clean.get(1, "resid_pre") - silenced.get(1, "resid_pre")
+        return _through_projection(clean, head, clean.get(head.layer, "z")[:, :, head.head])
+
+    lost = torch.stack([written_by(head) for head in sources]).sum(0)
 
     def read_by(layer: int) -> Tensor:
         parts, stream = clean.model.parts.layers[layer], clean.get(layer, "resid_pre")
@@ -112,23 +111,9 @@ def _given(
     return each_head(name, receivers, part, change)
 
 
-def _changes(senders: Intervention, clean: Recordings) -> dict[int, Tensor]:
-    """By layer, what the senders write there under their edits less what they write clean, [rows, pos, d_model]."""
-    changes: dict[int, Tensor] = {}
-    for head in senders.heads:
-        layer, own = head.layer, senders.of(head).edits
-        changed = clean.run({(layer, "z")}, own, clean.get(layer, "resid_pre"))[layer, "z"]
-        move = (changed - clean.get(layer, "z"))[:, :, head.head]
-        changes[layer] = changes.get(layer, 0.0) + _through_projection(clean, head, move)
-    return changes
-
-
 def _mlp_change(clean: Recordings, layer: int, difference: Tensor) -> Tensor:
     """What the MLP of `layer` adds to the residual stream more, [rows, pos, d_model], when the stream after the layer's
-    attention has `difference` more in it.
-
-    Raises UserError where the MLP does not read that stream, or something stands between it and the stream.
-    """
+    attention has `difference` more in it. Raises UserError where it does not read and write that stream as it is."""
     parts = clean.model.parts.layers[layer]
     complaint = f"the MLP of layer {layer} of '{clean.model.name}' does not read and write the stream after attention"
     if not parts.has_lone_mlp:
@@ -142,21 +127,9 @@ def _mlp_change(clean: Recordings, layer: int, difference: Tensor) -> Tensor:
     return changed - made
 
 
-def _written_by(clean: Recordings, head: Head, through_first_mlp: bool) -> Tensor:
-    """What the residual stream holds of a source head, [rows, pos, d_model]."""
-    direct = _through_projection(clean, head, clean.get(head.layer, "z")[:, :, head.head])
-    if head.layer > 0 or not through_first_mlp:
-        return direct
-    silenced = Recordings(clean.model, clean.tokens, batch_size=clean.batch_size, under=zero([head]))
-    return clean.get(1, "resid_pre") - silenced.get(1, "resid_pre")
-
-
 def _through_projection(clean: Recordings, head: Head, output: Tensor) -> Tensor:
-    """What `output` [rows, pos, d_head] of a head adds to the residual stream, [rows, pos, d_model].
-
-    Raises UserError where something stands between the projection and the residual stream.
-    """
-    layer = head.layer
-    check_written(clean.model, layer, clean.get(layer, "projected"), clean.get(layer, "attn_out"))
+    """What `output` [rows, pos, d_head] of a head adds to the residual stream, [rows, pos, d_model]."""
+    projected, attn_out = (clean.get(head.layer, point) for point in ("projected", "attn_out"))
+    check_written(clean.model, head.layer, projected, attn_out)
     with torch.no_grad():
-        return output @ clean.model.parts.layers[layer].weights.W_O[head.head]
+        return output @ clean.model.parts.layers[head.layer].weights.W_O[head.head]

@@ -57,10 +57,8 @@ class _Chunk:
 
 
 class Runner:
-    """A model, rows of ids [rows, pos] and the predictions in them, ready to be run under many interventions.
-
-    Raises UserError where there is nothing to predict.
-    """
+    """A model, rows of ids [rows, pos] and the predictions in them, ready to be run under many interventions. Raises
+    UserError where there is nothing to predict."""
 
     def __init__(self, model: Model, tokens: Ints, predictions: Predictions, *, batch_size: int = 8):
         if not len(predictions.row):
@@ -102,10 +100,7 @@ class Runner:
         return (logits > self._right(logits, which)).sum(-1) + 1
 
     def kl(self, logits: Tensor, which: Ints) -> Tensor:
-        """Metric: Kullback-Leibler divergence of the prediction from the clean one, KL(clean || this), in nats.
-
-        Keeps the clean log-probabilities of every prediction: n x d_vocab numbers.
-        """
+        """Metric: Kullback-Leibler divergence of the prediction from the clean one, KL(clean || this), in nats."""
         clean = self._clean_log_probs[which].to(logits.device)
         return (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1)
 
@@ -115,6 +110,7 @@ class Runner:
 
     @cached_property
     def _clean_log_probs(self) -> Tensor:
+        # n x d_vocab numbers are kept: one clean run serves all interventions.
         kept = torch.empty(len(self.predictions.row), self.model.d_vocab)
         for which, logits in self._run(None):
             kept[which] = logits.log_softmax(-1).cpu()
@@ -136,11 +132,9 @@ class Runner:
         if layer == 0:
             return None
         if layer not in chunk.streams:
-            below = max((at for at in chunk.streams if at < layer), default=None)
-            start = None if below is None else (below, chunk.streams[below])
-            # Only the latest layer's is kept: rows by positions by width are many numbers.
+            below = next((kept for kept in chunk.streams.items() if kept[0] < layer), None)
             point = layer, "resid_pre"
-            chunk.streams = {layer: self.model.record(self.tokens[chunk.rows], {point}, start=start)[point]}
+            chunk.streams = {layer: self.model.record(self.tokens[chunk.rows], {point}, start=below)[point]}
         return layer, chunk.streams[layer]
 
 

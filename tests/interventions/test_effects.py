@@ -17,7 +17,7 @@ from common.heads import detection, scores
 from common.heads.tokens import TokenBatch, battery, continuing
 from common.interventions import effects
 from common.interventions.edits import Recordings, knockout, mean, pattern_from, position_classes, uniform, zero
-from common.interventions.paths import path, paths_into
+from common.interventions.paths import path
 from tests.oracle import Changes, of, traces
 
 
@@ -334,11 +334,10 @@ def test_every_earlier_head_into_the_key_singles_out_the_previous_token_head(
 ):
     receiver = induction[0]
     ablate, clean = mean_ablation(mini, mini_rows.repeats), Recordings(mini, mini_rows.repeats.tokens)
-    paths = paths_into(receiver, "k", ablate, clean, through_mlps=True)
-    assert len(paths) == receiver.layer * mini.n_heads
+    senders = [Head.at(*place) for place in np.ndindex(receiver.layer, mini.n_heads)]
+    paths = [path(ablate([sender]), [receiver], "k", clean, through_mlps=True) for sender in senders]
     left = [metrics.prefix_matching(receiver, one).mean() for one in paths]
-    sender = Head.at(*divmod(int(np.argmin(left)), mini.n_heads))
-    assert sender == previous_token_heads(mini_scores, receiver.layer)[0]
+    assert senders[np.argmin(left)] == previous_token_heads(mini_scores, receiver.layer)[0]
 
 
 def test_knockout_of_the_induction_cells_changes_what_mini_writes(mini, mini_rows, induction):
