@@ -66,7 +66,7 @@ def compare(model: Model, rounds: int, rows: int, length: int, sampled: int) -> 
     classes = position_classes(batch)
     clean = Recordings(model, batch.tokens, batch_size=rows)
     heads = [Head.at(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
-    ablations = {head: mean([head], clean, classes, classes) for head in heads}
+    ablations = {head: mean([head], clean, classes) for head in heads}
     sample = [head for head in heads if head.head < sampled]
     seconds: dict[str, list[float]] = {"run_with_hooks": [], "sweep": []}
     for _ in range(rounds):
@@ -106,7 +106,7 @@ def sweep_all(
 ) -> dict[Head, Floats]:
     """The same through the sweep, its preparation included."""
     runner = Runner(model, tokens, predictions, batch_size=len(tokens))
-    return {ablation.heads[0]: found["log_prob"] for ablation, found in sweep(runner, ablations)}
+    return {ablation.heads[0]: found for ablation, found in sweep(runner, ablations)}
 
 
 if __name__ == "__main__":

@@ -15,21 +15,22 @@ either is at most `-LEAST` and its interval lies below 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from common.attention.batches import Advance, Progress, silent
 from common.attention.head import Head
 from common.heads.attribution import check_readout, check_written
 from common.heads.labels import Labels
-from common.heads.statistics import Floats, interval_over_rows
+from common.heads.statistics import Floats, Ints, interval_over_rows, mean_per_row
 from common.heads.tokens import ROW_LENGTH, TokenBatch, battery, continuing
-from common.interventions.effects import needed
-from common.interventions.runner import Predictions, Runner, row_means
+from common.interventions.edits import knockout
+from common.interventions.effects import names
+from common.interventions.runner import Predictions, Runner, sweep
 from common.loading.families import unembedding_weights
 
 if TYPE_CHECKING:
@@ -55,35 +56,25 @@ class CausalEffects:
 
     def heads(self, sign: int) -> list[Head]:
         """Heads that raise (+1) or only lower (-1) the correct token by `LEAST` nats or more, surely."""
-        helps, harms = self._surely(+1), self._surely(-1)
+        both = np.stack([self.needed, self.direct], 1)
+        mean, (low, high) = both.mean(0), interval_over_rows(both)
+        helps = ((mean >= LEAST) & (low > 0)).any(0)
+        harms = ((mean <= -LEAST) & (high < 0)).any(0)
         return [Head.at(*place) for place in np.argwhere(helps if sign > 0 else harms & ~helps)]
 
     def as_json(self) -> dict[str, object]:
         """The content of a labels.json."""
-        effects = {"needed": self.needed, "direct": self.direct}
-        means = {kind: effect.mean(0) for kind, effect in effects.items()}
-        ends = {kind: interval_over_rows(effect) for kind, effect in effects.items()}
-        every_head = [Head.at(*place) for place in np.ndindex(*self.needed.shape[1:])]
+        numbers, by_head = {}, {}
+        for kind, effect in (("needed", self.needed), ("direct", self.direct)):
+            numbers[kind] = np.stack([effect.mean(0), *interval_over_rows(effect)], -1).round(4)
+        for place in np.ndindex(*self.needed.shape[1:]):
+            by_head[str(Head.at(*place))] = {kind: values[place].tolist() for kind, values in numbers.items()}
         return {
             "source": self.source,
-            "induction_heads": [str(head) for head in self.heads(+1)],
-            "suppression_heads": [str(head) for head in self.heads(-1)],
-            "effects_in_nats_with_95_percent_intervals": {
-                str(head): {
-                    kind: [round(float(value[head.place]), 4) for value in (means[kind], *ends[kind])]
-                    for kind in effects
-                }
-                for head in every_head
-            },
+            "induction_heads": names(self.heads(+1)),
+            "suppression_heads": names(self.heads(-1)),
+            "effects_in_nats_with_95_percent_intervals": by_head,
         }
-
-    def _surely(self, sign: int) -> NDArray[np.bool_]:
-        """[layers, heads]: whether either effect is large in this direction and its interval lies on one side of 0."""
-        passed = np.zeros(self.needed.shape[1:], dtype=bool)
-        for effect in (sign * self.needed, sign * self.direct):
-            low, _ = interval_over_rows(effect)
-            passed |= (effect.mean(0) >= LEAST) & (low > 0)
-        return passed
 
 
 def measure_causal_effects(
@@ -96,55 +87,43 @@ def measure_causal_effects(
     length = min(ROW_LENGTH, model.context)
     drawn = battery(model.ordinary(), model.bos, rows=ROWS, length=length, seed=seed, first=FIRST_ROW).repeats
     predictions = Predictions.of(drawn.tokens, continuing(drawn))
-    heads = [Head.at(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     with progress("causal labels, direct effects", ROWS) as advance:
         direct = exact_direct_effect(model, drawn, predictions, batch_size=batch_size, advance=advance)
     runner = Runner(model, drawn.tokens, predictions, batch_size=batch_size)
-    found = np.zeros(direct.shape)
-    with progress("causal labels, heads", len(heads)) as advance:
-        for head, rise in needed(runner, drawn, heads, advance=advance):
-            found[:, head.layer, head.head] = rise
+    clean, needed = runner.log_probs(None), np.zeros(direct.shape)
+    cells = drawn.cells["prefix_matching"]
+    each = [knockout([Head.at(*place)], cells) for place in np.ndindex(*direct.shape[1:])]
+    with progress("causal labels, heads", len(each)) as advance:
+        for intervention, found in sweep(runner, each, advance=advance):
+            (head,) = intervention.heads
+            needed[:, head.layer, head.head] = mean_per_row(clean - found, predictions.row, ROWS)
     how = f"{ROWS} rows of {drawn.tokens.shape[1]} tokens, seed {seed}, at least {LEAST} nats"
-    return CausalEffects(found, direct, f"causal: attention knockout of the targets, {how}")
-
-
-# --- the direct effect, exactly ---
+    return CausalEffects(needed, direct, f"causal: attention knockout of the targets, {how}")
 
 
 def exact_direct_effect(
-    model: Model,
-    batch: TokenBatch,
-    predictions: Predictions,
-    *,
-    batch_size: int = 8,
-    advance: Advance = lambda rows: None,
+    model: Model, batch: TokenBatch, predictions: Predictions, *, batch_size: int = 8, advance: Advance = lambda n: None
 ) -> Floats:
     """The direct effect of each head's prefix-matching cells on the right token's logit less the mean logit,
     [rows, layers, heads], in nats; NaN for a row without a prediction. Above 0: the cells raise it.
 
-    What the head writes less without the cells is put into the final residual stream, and final norm and unembedding
-    are computed again: exact, not the linear approximation of direct logit attribution.
-    Raises UserError for a model whose logits are not an unembedding of its normed residual stream, or whose head
-    outputs do not reach that stream as they are.
+    Final norm and unembedding are computed again on what is left of the final residual stream: exact, not the linear
+    approximation of direct logit attribution. Raises UserError for a model whose logits are not an unembedding of its
+    normed residual stream, or whose head outputs do not reach that stream as they are.
     """
     check_readout(model, batch.tokens[:1])
-    rows = len(batch.tokens)
-    found = np.full((len(predictions.row), model.n_layers, model.n_heads), np.nan)
+    rows, found = len(batch.tokens), np.full((len(predictions.row), model.n_layers, model.n_heads), np.nan)
     for start in range(0, rows, batch_size):
         part = batch.rows(start, start + batch_size)
         which = np.flatnonzero((predictions.row >= start) & (predictions.row < start + batch_size))
         if len(which):
             at = predictions.row[which] - start, predictions.position[which]
-            token = torch.from_numpy(predictions.token[which]).to(model.device)
-            found[which] = _direct_at_once(model, part, at, token)
+            found[which] = _direct_at_once(model, part, at, torch.from_numpy(predictions.token[which]).to(model.device))
         advance(len(part.tokens))
-    flat = row_means(predictions, found.reshape(len(found), -1), rows)
-    return flat.reshape(rows, model.n_layers, model.n_heads)
+    return mean_per_row(found, predictions.row, rows)
 
 
-def _direct_at_once(
-    model: Model, part: TokenBatch, at: tuple[NDArray[np.int64], NDArray[np.int64]], token: Tensor
-) -> Floats:
+def _direct_at_once(model: Model, part: TokenBatch, at: tuple[Ints, Ints], token: Tensor) -> Floats:
     """[predictions, layers, heads]: what each head's cells add to the logit of `token` at (row, position)."""
     cells = part.cells["prefix_matching"]
     targets = [torch.from_numpy(index).to(model.device) for index in (cells.row, cells.query, cells.key)]
@@ -155,21 +134,13 @@ def _direct_at_once(
         moves[layer] = torch.einsum("phd,hdm->phm", due, model.parts.layers[layer].weights.W_O)
 
     model.read(part.tokens, keep)
-    last = model.n_layers - 1, "resid_post"
-    wanted = {(layer, name) for layer in range(model.n_layers) for name in ("projected", "attn_out")}
-    seen = model.record(part.tokens, {last, *wanted})
-    for layer in range(model.n_layers):
+    layers, last = range(model.n_layers), (model.n_layers - 1, "resid_post")
+    seen = model.record(part.tokens, {last, *product(layers, ("projected", "attn_out"))})
+    for layer in layers:
         check_written(model, layer, seen[layer, "projected"], seen[layer, "attn_out"])
-    stream = seen[last][at][:, None]
-    clean = _centred_logit(model, stream, token)
-    lost = [clean - _centred_logit(model, stream - moves[layer], token) for layer in range(model.n_layers)]
-    return torch.stack(lost, 1).double().cpu().numpy()
-
-
-def _centred_logit(model: Model, stream: Tensor, token: Tensor) -> Tensor:
-    """Logit of `token` [n] less the mean over all tokens, from the final stream [n, heads, d_model]; [n, heads]."""
-    weights, bias = unembedding_weights(model.parts)  # [d_vocab, d_model], [d_vocab]
+    stream, (weights, _) = seen[last][at][:, None], unembedding_weights(model.parts)  # [d_vocab, d_model]
     with torch.no_grad():
-        direction = weights[token] - weights.mean(0)
-        projected = torch.einsum("nhm,nm->nh", model.parts.final_norm(stream), direction)
-        return projected if bias is None else projected + (bias[token] - bias.mean())[:, None]
+        # A bias of the unembedding stays as it is: it takes no part in the difference.
+        direction, norm = weights[token] - weights.mean(0), model.parts.final_norm
+        lost = [torch.einsum("nhm,nm->nh", norm(stream) - norm(stream - moves[layer]), direction) for layer in layers]
+    return torch.stack(lost, 1).double().cpu().numpy()

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import UserError
 from common.attention.call import Edit
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 INPUTS = {"q": "query", "k": "key", "v": "values"}
 Change = Callable[[Tensor, slice], Tensor]
+Addition = tuple[nn.Module, str, Tensor]  # a module, a side of it, and what to add [rows, ...] to what passes there
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,11 +49,11 @@ class Intervention:
     edits: tuple[Edit, ...]
 
     def __add__(self, other: Intervention) -> Intervention:
-        heads = self.heads + tuple(head for head in other.heads if head not in self.heads)
+        heads = tuple(dict.fromkeys(self.heads + other.heads))
         return Intervention(f"{self.name} + {other.name}", heads, self.edits + other.edits)
 
     def __repr__(self) -> str:
-        return f"Intervention({self.name} on {', '.join(str(head) for head in self.heads)})"
+        return f"Intervention({self.name} on {', '.join(map(str, self.heads))})"
 
     @property
     def first_layer(self) -> int:
@@ -63,13 +65,14 @@ class Intervention:
         return Intervention(self.name, (head,), tuple(edit for edit in self.edits if edit.head == head))
 
 
+Intervene = Callable[[Sequence[Head]], Intervention]  # an intervention by the heads that it is made on
+
+
 class Recordings:
     """A model's activations on [rows, pos] ids, recorded when asked for and kept; clean, or `under` an intervention."""
 
     def __init__(self, model: Model, tokens: Ints, *, batch_size: int = 8, under: Intervention | None = None):
-        self.model = model
-        self.tokens = tokens
-        self.batch_size = batch_size
+        self.model, self.tokens, self.batch_size = model, tokens, batch_size
         self._edits = under.edits if under else ()
         self._kept: dict[Point, Tensor] = {}
 
@@ -80,21 +83,21 @@ class Recordings:
 
     def fetch(self, wanted: set[Point]) -> None:
         """Record all (layer, point) in one pass over the rows: cheaper than one by one."""
-        missing = wanted - set(self._kept)
-        if missing:
-            self._kept |= in_parts(
-                self, lambda rows: self.model.record(self.tokens[rows], missing, self._edits, rows=rows)
-            )
+        if missing := wanted - self._kept.keys():
+            self._kept |= self.run(missing, self._edits)
 
-
-def in_parts(source: Recordings, record: Callable[[slice], dict[Point, Tensor]]) -> dict[Point, Tensor]:
-    """What `record` gives of some rows at a time, for all rows of `source`."""
-    starts = range(0, len(source.tokens), source.batch_size)
-    parts = [record(slice(start, start + source.batch_size)) for start in starts]
-    return {point: torch.cat([part[point] for part in parts]) for point in parts[0]}
-
-
-# --- the head output ---
+    def run(
+        self, wanted: set[Point], edits: Sequence[Edit], stream: Tensor | None = None, added: Addition | None = None
+    ) -> dict[Point, Tensor]:
+        """As `Model.record`, for all rows, some at a time; nothing is kept. `stream`: [rows, pos, d_model], what enters
+        the lowest layer that is wanted, None: what does in the model."""
+        layer, parts = min(wanted)[0], []
+        for first in range(0, len(self.tokens), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            start = None if stream is None else (layer, stream[rows])
+            taps = [(added[0], added[1], partial(torch.add, added[2][rows]))] if added else ()
+            parts.append(self.model.record(self.tokens[rows], wanted, edits, rows=rows, start=start, taps=taps))
+        return {point: torch.cat([part[point] for part in parts]) for point in wanted}
 
 
 def zero(heads: Sequence[Head]) -> Intervention:
@@ -102,40 +105,27 @@ def zero(heads: Sequence[Head]) -> Intervention:
     return each_head("zero", heads, "z", lambda head: lambda old, rows: torch.zeros_like(old))
 
 
-def mean(heads: Sequence[Head], reference: Recordings, reference_classes: Ints, classes: Ints) -> Intervention:
-    """Each head output is its mean over the reference rows' positions of the same class.
-
-    `reference_classes` and `classes`: [rows, pos] of the reference rows and of the rows to run, such as
-    `position_classes` gives; negative where there is nothing to average. Raises UserError for a class without a
-    reference.
-    """
-    missing = set(classes[classes >= 0].tolist()) - set(reference_classes.ravel().tolist())
-    if missing:
-        raise UserError(f"mean ablation: the reference rows have no position of class {sorted(missing)[0]}")
+def mean(heads: Sequence[Head], reference: Recordings, classes: Ints) -> Intervention:
+    """Each head output is its mean over the reference rows' positions of the same class. `classes`: [rows, pos] of the
+    reference rows and of the rows to run, such as `position_classes` gives; negative where nothing is averaged."""
     reference.fetch({(head.layer, "z") for head in heads})
     places = torch.from_numpy(np.maximum(classes, 0))
 
     def change(head: Head) -> Change:
-        table = _class_means(reference.get(head.layer, "z")[:, :, head.head], reference_classes)
+        output = reference.get(head.layer, "z")[:, :, head.head]
+        used = torch.from_numpy(classes >= 0).to(output.device)
+        place = places.to(output.device)[used]
+        # Thousands of positions are added up: in float32 the order of rows would show in the sixth digit.
+        sums = torch.zeros(int(place.max()) + 1, output.shape[-1], dtype=torch.float64, device=output.device)
+        table = sums.index_add_(0, place, output[used].double()) / torch.bincount(place).clamp_min(1)[:, None]
         return lambda old, rows: table[places[rows].to(old.device)]
 
     return each_head("mean", heads, "z", change)
 
 
-def _class_means(output: Tensor, classes: Ints) -> Tensor:
-    """Mean of `output` [rows, pos, d_head] over the places of each class, [classes, d_head]; 0 for a class unseen."""
-    used = torch.from_numpy(classes >= 0).to(output.device)
-    place = torch.from_numpy(classes).to(output.device)[used]
-    # Thousands of positions are added up: in float32 the order of rows would show in the sixth digit.
-    sums = torch.zeros(int(classes.max()) + 1, output.shape[-1], dtype=torch.float64, device=output.device)
-    sums.index_add_(0, place, output[used].double())
-    return sums / torch.bincount(place, minlength=len(sums)).clamp_min(1)[:, None]
-
-
 def position_classes(batch: TokenBatch) -> Ints:
     """[rows, pos]: 0 BOS, 1 a query without a target, 2 a query with one, -1 padding."""
-    classes = np.ones(batch.tokens.shape, dtype=np.int64)
-    cells = batch.cells["prefix_matching"]
+    classes, cells = np.ones_like(batch.tokens), batch.cells["prefix_matching"]
     classes[cells.row, cells.query] = 2
     classes[:, 0] = 0  # what a head says of BOS is like nothing else it says
     classes[np.arange(batch.tokens.shape[1]) >= batch.lengths[:, None]] = -1
@@ -147,12 +137,7 @@ def donor_rows(rows: int, seed: int) -> Ints:
     if rows < 2:
         raise UserError("resampling needs at least two rows: no row may get its own")
     cycle = np.random.default_rng(seed).permutation(rows)
-    donors = np.empty(rows, dtype=np.int64)
-    donors[cycle] = np.roll(cycle, 1)
-    return donors
-
-
-# --- the pattern ---
+    return np.roll(cycle, 1)[np.argsort(cycle)]  # the giver of each row is the one before it in the cycle
 
 
 def uniform(heads: Sequence[Head]) -> Intervention:
@@ -167,51 +152,44 @@ def uniform(heads: Sequence[Head]) -> Intervention:
 
 def pattern_from(heads: Sequence[Head], source: Recordings) -> Intervention:
     """The pattern that the heads have in `source`: the control rows', or another run's, which freezes it."""
-    source.fetch({(head.layer, "pattern") for head in heads})
-
-    def change(head: Head) -> Change:
-        pattern = source.get(head.layer, "pattern")[:, head.head]
-        return lambda old, rows: pattern[rows]
-
-    return each_head("pattern", heads, "pattern", change)
+    return _recorded("pattern", heads, "pattern", 1, source)
 
 
 def knockout(heads: Sequence[Head], cells: Cells) -> Intervention:
     """Attention knockout: no attention to the `cells`, the rest of the query's row renormalised. A row in which nothing
-    is left stays empty.
-
-    Done before softmax, by scores of -inf: renormalising the pattern would be 0/0 in float32 where all is on the cells.
-    """
+    is left stays empty."""
     row, query, key = (torch.from_numpy(index) for index in (cells.row, cells.query, cells.key))
 
     def change(scores: Tensor, rows: slice) -> Tensor:
         start = rows.start or 0
         inside = (row >= start) & (row < start + len(scores))
         left = scores.clone()
+        # Before softmax: renormalising the pattern would be 0/0 in float32 where all attention is on the cells.
         left[row[inside] - start, query[inside], key[inside]] = -torch.inf
         return left
 
     return each_head("knockout", heads, "scores", lambda head: change)
 
 
-# --- query, key or values ---
-
-
 def input_from(heads: Sequence[Head], part: str, source: Recordings) -> Intervention:
     """The heads' query ("q"), key ("k") or values ("v") are those of `source`; the other two stay.
 
     Attention is recomputed for a new query or key, and kept for new values. Where query heads share a key, only the
-    named heads see the new one. A row's own control row differs from it only from the second segment on: it changes the
-    queries of repeats, but neither the keys nor the values of their targets, in the first segment. Take those from
-    another row (`donor_rows`).
+    named heads see the new one. A row's own control has the same first segment, and with it the same keys and values at
+    the targets: take those from another row (`donor_rows`).
     """
-    source.fetch({(head.layer, part) for head in heads})
+    return _recorded(f"{INPUTS[part]} alone", heads, part, 2, source)
+
+
+def _recorded(name: str, heads: Sequence[Head], point: str, axis: int, source: Recordings) -> Intervention:
+    """What the heads have at `point` in `source`; `axis`: the one of that point that counts heads."""
+    source.fetch({(head.layer, point) for head in heads})
 
     def change(head: Head) -> Change:
-        recorded = source.get(head.layer, part)[:, :, head.head]
+        recorded = source.get(head.layer, point).select(axis, head.head)
         return lambda old, rows: recorded[rows]
 
-    return each_head(f"{INPUTS[part]} alone", heads, part, change)
+    return each_head(name, heads, point, change)
 
 
 def each_head(name: str, heads: Sequence[Head], point: str, change: Callable[[Head], Change]) -> Intervention:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import jsonschema
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,8 +25,8 @@ from common.attention.batches import Advance
 from common.attention.head import Head
 from common.heads.statistics import Floats, Ints, interval_over_rows, mean_per_row
 from common.heads.tokens import ROW_LENGTH, TokenBatch, battery, continuing
-from common.interventions.edits import Intervention, Recordings, knockout, mean, position_classes
-from common.interventions.runner import Predictions, Runner, row_means, sweep
+from common.interventions.edits import Intervene, Intervention, Recordings, knockout, mean, position_classes
+from common.interventions.runner import Predictions, Runner
 
 if TYPE_CHECKING:
     from common.attention.call import Call
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
 
 CONTROLS = 3  # random sets of heads beside each set
 UNASKED = 60.0  # seconds that experiments may take without being asked for
-Intervene = Callable[[Sequence[Head]], Intervention]
-
 METRICS = ("loss_at_repeats", "loss_at_fresh", "loss_difference")  # those that every intervention is measured by
+
+Effect = dict[str, Any]  # what `effect` returns, as results.json holds it
+PathEffect = Effect  # that of a path also names its `sender`
 
 
 def fresh(batch: TokenBatch) -> NDArray[np.bool_]:
@@ -47,51 +49,38 @@ def fresh(batch: TokenBatch) -> NDArray[np.bool_]:
     return (position > 0) & (position < first[:, None])
 
 
-# --- what an experiment is made on ---
-
-
 class Experiment:
     """Battery rows that no other part of the project draws, and what is measured on them.
 
     `found`: heads that attend to their targets are no controls (`avoid`). `first`: the battery row to begin at.
-    `settings`: what another run must share to go on from this one.
+    `settings`: what another run must share to go on from this one. `runs`: how many times rows are run, at most.
     """
+
+    runs = 1
 
     def __init__(self, model: Model, found: Detection, *, rows: int, first: int, seed: int, batch_size: int):
         length = min(ROW_LENGTH, model.context)
-        self.model = model
+        self.model, self.seed, self.batch_size = model, seed, batch_size
         self.drawn = battery(model.ordinary(), model.bos, rows=rows, length=length, seed=seed, first=first)
         self.metrics = RowMetrics(model, self.drawn.repeats, batch_size=batch_size)
         self.avoid = [Head.at(*place) for place in np.argwhere(found.attends)]
-        self.seed, self.batch_size = seed, batch_size
         self.settings: dict[str, object] = {
             "fingerprint": model.fingerprint, "seed": seed, "rows": rows, "controls": CONTROLS,
             "length": self.drawn.repeats.tokens.shape[1], "avoided": names(self.avoid),
         }  # fmt: skip
 
-    def recorded(self, tokens: Ints) -> Recordings:
-        """The model's clean activations on [rows, pos] ids."""
-        return Recordings(self.model, tokens, batch_size=self.batch_size)
-
     def ablations(self) -> dict[str, Intervene]:
-        """The two interventions that take a head away, by name, each a function of the heads that it is made on."""
-        controls = self.recorded(self.drawn.controls.tokens)
-        classes = position_classes(self.drawn.repeats)
-        cells = self.drawn.repeats.cells["prefix_matching"]
-        return {
-            "mean": lambda heads: mean(heads, controls, classes, classes),
-            "knockout": lambda heads: knockout(heads, cells),
-        }
+        """The two interventions that take a head away, by name."""
+        controls = Recordings(self.model, self.drawn.controls.tokens, batch_size=self.batch_size)
+        classes, cells = position_classes(self.drawn.repeats), self.drawn.repeats.cells["prefix_matching"]
+        return {"mean": lambda heads: mean(heads, controls, classes), "knockout": lambda heads: knockout(heads, cells)}
 
-    def seconds(self, runs: int) -> float:
-        """How long so many runs will take at the most, from the time of one."""
+    def seconds(self) -> float:
+        """How long all `runs` will take at the most, from the time of one."""
         self.metrics.losses(None)  # a first run is slower
         started = time.monotonic()
         self.metrics.losses(None)
-        return (time.monotonic() - started) * runs
-
-
-# --- measures, per row ---
+        return (time.monotonic() - started) * self.runs
 
 
 class RowMetrics:
@@ -117,17 +106,12 @@ class RowMetrics:
         """Each metric, {name: [rows]}, under the intervention (None: clean); NaN for a row with nothing to read."""
         runner = self.runner
         found = runner.measure(intervention, {"log_prob": runner.log_prob, "rank": runner.rank, "kl": runner.kl})
-        losses = self._losses(found["log_prob"])
-        return {
-            **losses,
-            "log_prob_at_repeats": -losses["loss_at_repeats"],
-            "rank_at_repeats": self._mean(found["rank"], self._repeated),
-            "kl_at_repeats": self._mean(found["kl"], self._repeated),
-        }
+        at_repeats = {f"{name}_at_repeats": self._mean(values, self._repeated) for name, values in found.items()}
+        return {**self._losses(found["log_prob"]), **at_repeats}
 
     def losses(self, intervention: Intervention | None) -> dict[str, Floats]:
         """`METRICS` alone, which need neither ranks nor the clean predictions."""
-        return self._losses(self.runner.measure(intervention, {"log_prob": self.runner.log_prob})["log_prob"])
+        return self._losses(self.runner.log_probs(intervention))
 
     def prefix_matching(self, head: Head, intervention: Intervention | None = None) -> Floats:
         """The head's own prefix matching per row, [rows] in [0, 1]; NaN without a target."""
@@ -146,7 +130,7 @@ class RowMetrics:
 
     def _losses(self, log_prob: Floats) -> dict[str, Floats]:
         repeats, fresh = (-self._mean(log_prob, chosen) for chosen in (self._repeated, ~self._repeated))
-        return {"loss_at_repeats": repeats, "loss_at_fresh": fresh, "loss_difference": repeats - fresh}
+        return dict(zip(METRICS, (repeats, fresh, repeats - fresh), strict=True))
 
     def _mean(self, values: Floats, chosen: NDArray[np.bool_]) -> Floats:
         return mean_per_row(values[chosen], self.runner.predictions.row[chosen], len(self.batch.tokens))
@@ -164,24 +148,12 @@ def losses(model: Model, batch: TokenBatch, intervention: Intervention | None = 
     return found
 
 
-def needed(
-    runner: Runner, batch: TokenBatch, heads: Sequence[Head], *, advance: Advance = lambda count: None
-) -> Iterator[tuple[Head, Floats]]:
-    """Yield each head with the rise of the loss at the runner's predictions, per row [rows], when attention to its own
-    prefix-matching cells is knocked out. The runner holds the rows of `batch`. Interrupted, what was yielded stays."""
-    clean = runner.measure(None, {"log_prob": runner.log_prob})["log_prob"]
-    cells = batch.cells["prefix_matching"]
-    for intervention, found in sweep(runner, [knockout([head], cells) for head in heads], advance=advance):
-        yield intervention.heads[0], row_means(runner.predictions, clean - found["log_prob"], len(batch.tokens))
-
-
 def continuation(
     model: Model, tokens: Ints, count: int, intervene: Callable[[TokenBatch], Intervention] | None = None
 ) -> Ints:
     """The `count` likeliest next ids, one by one, after [pos] ids that start with BOS.
 
-    `intervene` makes the intervention anew for the row as it grows, such as
-    `lambda row: knockout(heads, row.cells["prefix_matching"])`.
+    `intervene` is asked anew as the row grows, such as `lambda row: knockout(heads, row.cells["prefix_matching"])`.
     """
     grown = list(tokens)
     for _ in range(count):
@@ -190,99 +162,43 @@ def continuation(
     return np.array(grown[len(tokens) :], dtype=np.int64)
 
 
-# --- from rows to an effect ---
-
-
-class Control(TypedDict):
-    """The same intervention on random heads: its mean `effect` with the `interval`, and the sets of `heads` drawn."""
-
-    effect: float
-    interval: tuple[float, float]
-    heads: list[list[str]]
-
-
-class Effect(TypedDict):
-    """An intervention's effect on one metric, as results.json holds it.
-
-    `name` of the intervention, `heads` it is made on. `clean`: mean over rows without it. `effect`: mean over rows of
-    with - without, `interval` its 95 % interval, `rows` how many rows had the metric. `control`: the same on random
-    heads, or None, and then `note` says why.
-    """
-
-    name: str
-    heads: list[str]
-    metric: str
-    clean: float
-    effect: float
-    interval: tuple[float, float]
-    rows: int
-    control: Control | None
-    note: str | None
-
-
-class PathEffect(Effect, total=False):
-    """An effect; that of a path also names its `sender`."""
-
-    sender: str
-
-
-def with_interval(values: Floats, *, seed: int = 0) -> tuple[float, tuple[float, float]]:
+def with_interval(values: Floats, *, seed: int = 0) -> tuple[float, list[float]]:
     """Mean of [rows] values and its 95 % bootstrap interval. Rows that are NaN are left out; NaN throughout where none
     is left."""
     values = values[~np.isnan(values)]
     if not len(values):
-        return float("nan"), (float("nan"), float("nan"))
-    low, high = interval_over_rows(values, seed)
-    return float(values.mean()), (float(low), float(high))
+        return float("nan"), [float("nan")] * 2
+    return float(values.mean()), [float(end) for end in interval_over_rows(values, seed)]
 
 
 def effect(
-    name: str,
-    heads: Sequence[Head],
-    metric: str,
-    clean: Floats,
-    changed: Floats,
-    controls: Sequence[tuple[Sequence[Head], Floats]] = (),
-    *,
-    note: str | None = None,
-    seed: int = 0,
-) -> Effect:
+    name: str, heads: Sequence[Head], metric: str, clean: Floats, changed: Floats,
+    controls: Sequence[tuple[Sequence[Head], Floats]] = (), *, note: str | None = None, seed: int = 0,
+) -> Effect:  # fmt: skip
     """The effect of an intervention on a metric, from its value per row, [rows], `clean` and `changed`.
 
-    `controls`: sets of random heads and the metric per row under the same intervention on them.
+    `controls`: sets of random heads and the metric per row under the same intervention on them; `note`: why there are
+    none. Returns the `name` of the intervention and the `heads` it is made on; `clean`: the mean over rows without it,
+    `effect`: that of with - without, `interval`: its 95 % interval, `rows`: how many rows had the metric; `control`:
+    effect, interval and sets of `heads` of the controls, or None.
     """
     counted = ~np.isnan(changed - clean)
-    estimate, interval = with_interval(changed - clean, seed=seed)
+    mean_change, interval = with_interval(changed - clean, seed=seed)
+    control: dict[str, object] | None = None
+    if controls:
+        moved, ends = with_interval(np.mean([values - clean for _, values in controls], axis=0), seed=seed)
+        control = {"effect": moved, "interval": ends, "heads": [names(others) for others, _ in controls]}
     return {
-        "name": name,
-        "heads": names(heads),
-        "metric": metric,
+        "name": name, "heads": names(heads), "metric": metric,
         "clean": float(clean[counted].mean()) if counted.any() else float("nan"),
-        "effect": estimate,
-        "interval": interval,
-        "rows": int(counted.sum()),
-        "control": _control(clean, controls, seed) if controls else None,
-        "note": note,
-    }
-
-
-def _control(clean: Floats, controls: Sequence[tuple[Sequence[Head], Floats]], seed: int) -> Control:
-    moved = np.mean([values - clean for _, values in controls], axis=0)
-    estimate, interval = with_interval(moved, seed=seed)
-    return {"effect": estimate, "interval": interval, "heads": [names(heads) for heads, _ in controls]}
+        "effect": mean_change, "interval": interval, "rows": int(counted.sum()), "control": control, "note": note,
+    }  # fmt: skip
 
 
 def effects_with_controls(
-    metrics: RowMetrics,
-    name: str,
-    sets: Sequence[tuple[Head, ...]],
-    intervene: Callable[[Sequence[Head]], Intervention],
-    *,
-    controls: int,
-    avoid: Collection[Head] = (),
-    seed: int = 0,
-    advance: Advance = lambda count: None,
-) -> Iterator[list[Effect]]:
+    metrics: RowMetrics, name: str, sets: Sequence[tuple[Head, ...]], intervene: Intervene, *,
+    controls: int, avoid: Collection[Head] = (), seed: int = 0, advance: Advance = lambda count: None,
+) -> Iterator[list[Effect]]:  # fmt: skip
     """Yield, for each set of heads (lowest layer first), the effect of `intervene(heads)` on every metric, as `name`.
 
     Each is set beside the same on `controls` layer-matched random sets, none of whose heads are in the set or in
@@ -291,19 +207,15 @@ def effects_with_controls(
     n_heads = metrics.runner.model.n_heads
     clean = metrics.of(None)
     for heads in sorted(sets, key=min):
-        changed = metrics.of(intervene(heads))
-        advance(1)
-        drawn = []
-        for others in layer_matched(heads, n_heads, count=controls, avoid=avoid, seed=seed):
-            drawn.append((others, metrics.of(intervene(others))))
+        measured = {}
+        for some in (heads, *layer_matched(heads, n_heads, count=controls, avoid=avoid, seed=seed)):
+            measured[some] = metrics.of(intervene(some))
             advance(1)
-        note = None if drawn else no_control(heads, n_heads, avoid)
+        changed, note = measured.pop(heads), no_control(heads, n_heads, avoid)
         yield [
-            effect(
-                name, heads, metric, clean[metric], changed[metric],
-                [(others, values[metric]) for others, values in drawn], note=note, seed=seed,
-            )
-            for metric in clean
+            effect(name, heads, metric, before, changed[metric],
+                   [(others, values[metric]) for others, values in measured.items()], note=note, seed=seed)
+            for metric, before in clean.items()
         ]  # fmt: skip
 
 
@@ -314,11 +226,10 @@ def layer_matched(
     `avoid` in them. Empty where a layer has too few others: heads of other layers would be no match."""
     if no_control(heads, n_heads, avoid):
         return []
-    pools, sizes = _pools(heads, n_heads, avoid), Counter(head.layer for head in heads)
-    rng = np.random.default_rng(seed)
+    pools, rng = _pools(heads, n_heads, avoid), np.random.default_rng(seed)
     found: dict[tuple[Head, ...], None] = {}  # a set that keeps the order of drawing
     for _ in range(20 * count):  # a small pool has fewer different sets than are asked for
-        chosen = {layer: rng.choice(pools[layer], size, replace=False).tolist() for layer, size in sizes.items()}
+        chosen = {layer: rng.choice(pool, size, replace=False) for layer, (size, pool) in pools.items()}
         found[tuple(sorted(Head.at(layer, head) for layer, picked in chosen.items() for head in picked))] = None
         if len(found) == count:
             break
@@ -327,20 +238,42 @@ def layer_matched(
 
 def no_control(heads: Sequence[Head], n_heads: int, avoid: Collection[Head] = ()) -> str | None:
     """Why `layer_matched` has nothing to draw from, or None."""
-    pools = _pools(heads, n_heads, avoid)
-    for layer, size in sorted(Counter(head.layer for head in heads).items()):
-        if len(pools[layer]) < size:
-            return f"no control: layer {layer} has {len(pools[layer])} other heads, {size} are needed"
+    for layer, (size, pool) in sorted(_pools(heads, n_heads, avoid).items()):
+        if len(pool) < size:
+            return f"no control: layer {layer} has {len(pool)} other heads, {size} are needed"
     return None
 
 
-def _pools(heads: Sequence[Head], n_heads: int, avoid: Collection[Head]) -> dict[int, list[int]]:
-    """Per layer of `heads`, the heads that are neither in it nor to be avoided."""
+def _pools(heads: Sequence[Head], n_heads: int, avoid: Collection[Head]) -> dict[int, tuple[int, list[int]]]:
+    """By layer, how many of `heads` it has, and the heads that are neither among them nor to be avoided."""
     taken = {*heads, *avoid}
-    layers = {head.layer for head in heads}
-    return {layer: [head for head in range(n_heads) if Head.at(layer, head) not in taken] for layer in layers}
+    return {
+        layer: (size, [head for head in range(n_heads) if Head.at(layer, head) not in taken])
+        for layer, size in Counter(head.layer for head in heads).items()
+    }
 
 
 def names(heads: Sequence[Head]) -> list[str]:
     """`["5.1", "6.9"]`."""
     return [str(head) for head in heads]
+
+
+_NUMBER = {"type": ["number", "null"]}  # NaN is saved as null
+_ENDS = {"type": "array", "items": _NUMBER, "minItems": 2, "maxItems": 2}
+_HEADS = {"type": "array", "items": {"type": "string"}}
+_CONTROL = {"effect": _NUMBER, "interval": _ENDS, "heads": {"type": "array", "items": _HEADS}}
+_EFFECT = {
+    "name": {"type": "string"}, "heads": _HEADS, "metric": {"type": "string"}, "clean": _NUMBER, "effect": _NUMBER,
+    "interval": _ENDS, "rows": _NUMBER, "note": {"type": ["string", "null"]},
+    "control": {"type": ["object", "null"], "required": list(_CONTROL), "properties": _CONTROL},
+}  # fmt: skip
+_FORM = {"type": "object", "required": list(_EFFECT), "properties": {**_EFFECT, "sender": {"type": "string"}}}
+
+
+def known_effects(earlier: object, settings: Mapping[str, object]) -> list[Effect]:
+    """The effects of an earlier result that was measured with the same settings; none of anything else."""
+    # It was read from a file that anybody may have written: nothing is taken for granted.
+    if not isinstance(earlier, dict) or earlier.get("settings") != settings:
+        return []
+    effects: Any = earlier.get("effects")
+    return effects if jsonschema.Draft202012Validator({"type": "array", "items": _FORM}).is_valid(effects) else []

@@ -13,30 +13,22 @@
 `without_source` is the same with the scale of the receiver's norm frozen, which makes it linear: a score changes by
 exactly the term that the decomposition (common/circuits/decomposition.py) gives the source.
 
-`transformer_lens.patching.get_act_patch_direct_path` does the same for a sender's output on other tokens, one number
-for the whole batch, and refuses keys and values of grouped-query models. It serves as the reference in the tests.
+The tests hold it against `transformer_lens.patching.get_act_patch_direct_path`, which patches from other tokens alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+from itertools import product
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common import UserError
 from common.attention.head import Head
 from common.heads.attribution import check_same, check_written
-from common.interventions.edits import INPUTS, Change, Intervention, Recordings, each_head, in_parts, zero
+from common.interventions.edits import INPUTS, Change, Intervention, Recordings, each_head, zero
 from common.loading.families import UNCHANGED, plain
-
-if TYPE_CHECKING:
-    from common.attention.call import Edit
-    from common.loading.model import Point
-
-Tap = tuple[nn.Module, str, Callable[[Tensor], Tensor]]
 
 
 def path(
@@ -45,45 +37,33 @@ def path(
     """The receivers' query ("q"), key ("k") or values ("v") alone read the senders' output as the intervention
     `senders` leaves it.
 
-    Each sender's output is taken with everything else clean; what several senders change is added up. See the module's
-    docstring for the steps. Raises UserError for a receiver no later than a sender, a model whose head outputs do not
-    reach the residual stream as they are, or through MLPs, one whose MLPs do not read the stream after attention
-    (parallel blocks) or do not write into it as they are.
+    Each sender's output is taken with everything else clean; what several senders change is added up. Raises UserError
+    for a receiver no later than a sender, a model whose head outputs do not reach the residual stream as they are, or
+    through MLPs, one whose MLPs do not read the stream after attention (parallel blocks) or write into it as they are.
     """
-    _check_order(senders.heads, receivers)
-    changes = _changes(senders, clean)
-    new = {}
-    for layer in {head.layer for head in receivers}:
-        stream = clean.get(layer, "resid_pre") + _arriving(clean, changes, layer, through_mlps)
-        new[layer] = _run_layer(clean, layer, part, stream)
+    changes: dict[int, Tensor] = {}  # by layer, how far what the senders write there moves, [rows, pos, d_model]
+    for head in senders.heads:
+        layer, own = head.layer, senders.of(head).edits
+        changed = clean.run({(layer, "z")}, own, clean.get(layer, "resid_pre"))[layer, "z"]
+        move = (changed - clean.get(layer, "z"))[:, :, head.head]
+        changes[layer] = changes.get(layer, 0.0) + _through_projection(clean, head, move)
+
+    def read_by(layer: int) -> Tensor:
+        stream = clean.get(layer, "resid_pre")
+        difference = torch.zeros_like(stream)
+        for below in range(min(changes), layer):
+            difference = difference + changes.get(below, 0.0)
+            if through_mlps:
+                difference = difference + _mlp_change(clean, below, difference)
+        return clean.run({(layer, part)}, (), stream + difference)[layer, part]
+
     way = " through MLPs" if through_mlps else ""
-    name = f"{senders.name} {_names(senders.heads)} → {INPUTS[part]}{way}"
-    return each_head(name, receivers, part, lambda head: _moved(clean, head, part, new[head.layer]))
-
-
-def paths_into(
-    receiver: Head,
-    part: str,
-    intervene: Callable[[Sequence[Head]], Intervention],
-    clean: Recordings,
-    *,
-    through_mlps: bool = False,
-) -> list[Intervention]:
-    """The path of every earlier head, alone, into the receiver's query, key or values; `intervene` ablates a sender."""
-    layers = range(receiver.layer)
-    points = ("z", "projected", "attn_out", "resid_pre", "resid_post")
-    clean.fetch({(layer, point) for layer in layers for point in points})
-    senders = [Head.at(layer, head) for layer in layers for head in range(clean.model.n_heads)]
-    return [path(intervene([sender]), [receiver], part, clean, through_mlps=through_mlps) for sender in senders]
+    name = f"{senders.name} {' '.join(map(str, senders.heads))} → {INPUTS[part]}{way}"
+    return _given(name, senders.heads, receivers, part, clean, read_by)
 
 
 def without_source(
-    sources: Sequence[Head],
-    receivers: Sequence[Head],
-    part: str,
-    clean: Recordings,
-    *,
-    through_first_mlp: bool = False,
+    sources: Sequence[Head], receivers: Sequence[Head], part: str, clean: Recordings, *, through_first_mlp: bool = False
 ) -> Intervention:
     """The receivers' query, key or values read the residual stream without what the source heads wrote into it.
 
@@ -91,80 +71,49 @@ def without_source(
     that a decomposition of the score by source gives it. `through_first_mlp`: a source of layer 0 is what that head
     wrote with what MLP 0 makes of it, as in the decomposition. Raises UserError as `path` does.
     """
-    _check_order(sources, receivers)
-    lost = torch.stack([_written_by(clean, head, through_first_mlp) for head in sources]).sum(0)
-    new = {}
-    for layer in {head.layer for head in receivers}:
+
+    def written_by(head: Head) -> Tensor:
+        if head.layer == 0 and through_first_mlp:
+            silenced = Recordings(clean.model, clean.tokens, batch_size=clean.batch_size, under=zero([head]))
+            return clean.get(1, "resid_pre") - silenced.get(1, "resid_pre")
+        return _through_projection(clean, head, clean.get(head.layer, "z")[:, :, head.head])
+
+    lost = torch.stack([written_by(head) for head in sources]).sum(0)
+
+    def read_by(layer: int) -> Tensor:
         parts, stream = clean.model.parts.layers[layer], clean.get(layer, "resid_pre")
         norm = parts.norm or UNCHANGED
         term = torch.from_numpy(norm.linear(plain(lost)) / norm.scale(plain(stream))).to(stream)
         # The norm's own output less the part of it that is linear in what is lost: the scale has not moved.
         module, side = (parts.attention_in, "output") if parts.attention_in else (parts.attention, "input")
-        new[layer] = _run_layer(clean, layer, part, stream, tap=partial(_less, module, side, term))
-    name = f"{INPUTS[part]} without {_names(sources)}"
-    return each_head(name, receivers, part, lambda head: _moved(clean, head, part, new[head.layer]))
+        return clean.run({(layer, part)}, (), stream, (module, side, -term))[layer, part]
+
+    name = f"{INPUTS[part]} without {' '.join(map(str, sources))}"
+    return _given(name, sources, receivers, part, clean, read_by)
 
 
-def _less(module: nn.Module, side: str, term: Tensor, rows: slice) -> Tap:
-    """Take a term [rows, pos, d_model] off what passes one side of a module."""
-    return module, side, lambda value: value - term[rows]
+def _given(
+    name: str, senders: Sequence[Head], receivers: Sequence[Head], part: str, clean: Recordings,
+    read_by: Callable[[int], Tensor],
+) -> Intervention:  # fmt: skip
+    """Give the receivers the query, key or values [rows, pos, head, d_head] that their layer has now `read_by` it."""
+    for sender, receiver in product(senders, receivers):
+        if sender.layer >= receiver.layer:
+            why = "the sender's layer must come before the receiver's"
+            raise UserError(f"head {receiver} reads nothing of head {sender}: {why}")
+    new = {layer: read_by(layer) for layer in {head.layer for head in receivers}}
 
+    def change(head: Head) -> Change:
+        # How far the new input lies from the clean one is added: other edits of the run keep their effect.
+        move = (new[head.layer] - clean.get(head.layer, part))[:, :, head.head]
+        return lambda old, rows: old + move[rows]
 
-def _run_layer(
-    clean: Recordings,
-    layer: int,
-    point: str,
-    stream: Tensor,
-    *,
-    edits: Sequence[Edit] = (),
-    tap: Callable[[slice], Tap] | None = None,
-) -> Tensor:
-    """[rows, pos, head, d_head]: queries, keys, values or outputs that `layer` makes of a residual stream
-    [rows, pos, d_model]; no other layer is run."""
-    model = clean.model
-
-    def record(rows: slice) -> dict[Point, Tensor]:
-        taps = [tap(rows)] if tap else ()
-        start = layer, stream[rows]
-        return model.record(clean.tokens[rows], {(layer, point)}, edits, rows=rows, start=start, taps=taps)
-
-    return in_parts(clean, record)[layer, point]
-
-
-def _moved(clean: Recordings, head: Head, part: str, new: Tensor) -> Change:
-    """Add to what is there how far the new input lies from the clean one: other edits of the run keep their effect."""
-    move = (new - clean.get(head.layer, part))[:, :, head.head]
-    return lambda old, rows: old + move[rows]
-
-
-def _changes(senders: Intervention, clean: Recordings) -> dict[int, Tensor]:
-    """By layer, what the senders write there under their edits less what they write clean, [rows, pos, d_model]."""
-    changes: dict[int, Tensor] = {}
-    for head in senders.heads:
-        layer, own = head.layer, senders.of(head).edits
-        changed = _run_layer(clean, layer, "z", clean.get(layer, "resid_pre"), edits=own) - clean.get(layer, "z")
-        move = _through_projection(clean, head, changed[:, :, head.head])
-        changes[head.layer] = changes[head.layer] + move if head.layer in changes else move
-    return changes
-
-
-def _arriving(clean: Recordings, changes: dict[int, Tensor], layer: int, through_mlps: bool) -> Tensor:
-    """How the residual stream that `layer` reads differs, [rows, pos, d_model], when heads of earlier layers change
-    what they write as `changes` says, other heads write what they write clean, and MLPs too or what they then make."""
-    difference = torch.zeros_like(clean.get(layer, "resid_pre"))
-    for at in range(min(changes), layer):
-        difference = difference + changes.get(at, 0.0)
-        if through_mlps:
-            difference = difference + _mlp_change(clean, at, difference)
-    return difference
+    return each_head(name, receivers, part, change)
 
 
 def _mlp_change(clean: Recordings, layer: int, difference: Tensor) -> Tensor:
     """What the MLP of `layer` adds to the residual stream more, [rows, pos, d_model], when the stream after the layer's
-    attention has `difference` more in it.
-
-    Raises UserError where the MLP does not read that stream, or something stands between it and the stream.
-    """
+    attention has `difference` more in it. Raises UserError where it does not read and write that stream as it is."""
     parts = clean.model.parts.layers[layer]
     complaint = f"the MLP of layer {layer} of '{clean.model.name}' does not read and write the stream after attention"
     if not parts.has_lone_mlp:
@@ -178,35 +127,9 @@ def _mlp_change(clean: Recordings, layer: int, difference: Tensor) -> Tensor:
     return changed - made
 
 
-def _written_by(clean: Recordings, head: Head, through_first_mlp: bool) -> Tensor:
-    """What the residual stream holds of a source head, [rows, pos, d_model]."""
-    direct = _through_projection(clean, head, clean.get(head.layer, "z")[:, :, head.head])
-    if head.layer > 0 or not through_first_mlp:
-        return direct
-    silenced = Recordings(clean.model, clean.tokens, batch_size=clean.batch_size, under=zero([head]))
-    return clean.get(1, "resid_pre") - silenced.get(1, "resid_pre")
-
-
 def _through_projection(clean: Recordings, head: Head, output: Tensor) -> Tensor:
-    """What `output` [rows, pos, d_head] of a head adds to the residual stream, [rows, pos, d_model].
-
-    Raises UserError where something stands between the projection and the residual stream.
-    """
-    layer = head.layer
-    check_written(clean.model, layer, clean.get(layer, "projected"), clean.get(layer, "attn_out"))
+    """What `output` [rows, pos, d_head] of a head adds to the residual stream, [rows, pos, d_model]."""
+    projected, attn_out = (clean.get(head.layer, point) for point in ("projected", "attn_out"))
+    check_written(clean.model, head.layer, projected, attn_out)
     with torch.no_grad():
-        return output @ clean.model.parts.layers[layer].weights.W_O[head.head]
-
-
-def _check_order(senders: Sequence[Head], receivers: Sequence[Head]) -> None:
-    for sender in senders:
-        for receiver in receivers:
-            if sender.layer >= receiver.layer:
-                raise UserError(
-                    f"head {receiver} reads nothing of head {sender}: the sender's layer must come before the "
-                    "receiver's"
-                )
-
-
-def _names(heads: Sequence[Head]) -> str:
-    return " ".join(str(head) for head in heads)
+        return output @ clean.model.parts.layers[head.layer].weights.W_O[head.head]

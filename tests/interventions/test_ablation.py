@@ -66,7 +66,7 @@ def rows(random_gpt2, few_rows):
 def test_effects_are_those_of_whole_runs(random_gpt2, done, rows, heads):
     batch, classes = rows.repeats, position_classes(rows.repeats)
     made = {
-        "mean": mean(heads, Recordings(random_gpt2, rows.controls.tokens), classes, classes),
+        "mean": mean(heads, Recordings(random_gpt2, rows.controls.tokens), classes),
         "knockout": knockout(heads, batch.cells["prefix_matching"]),
     }
     before = effects.losses(random_gpt2, batch)

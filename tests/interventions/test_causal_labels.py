@@ -13,11 +13,12 @@ import torch
 
 from common import UserError
 from common.attention.head import Head
+from common.heads.statistics import mean_per_row
 from common.heads.tokens import Cells, TokenBatch, continuing
 from common.interventions import causal_labels, effects
 from common.interventions.causal_labels import LEAST, CausalEffects, exact_direct_effect, measure_causal_effects
 from common.interventions.edits import knockout
-from common.interventions.runner import Predictions, row_means
+from common.interventions.runner import Predictions
 from common.loading import load
 from tests import architectures
 from tests.oracle import ARCHITECTURES, traces
@@ -57,7 +58,7 @@ def test_the_direct_effect_by_hand(loaded, oracles, drawn, name):
     found = exact_direct_effect(model, batch, predictions, batch_size=2, advance=ticks.append)
     assert found.shape == (3, 3, 4)
     for head in every_head(model):
-        expected = row_means(predictions, by_hand(oracles[name], batch, predictions, head), 3)
+        expected = mean_per_row(by_hand(oracles[name], batch, predictions, head), predictions.row, 3)
         assert np.abs(expected).max() > 1e-4
         assert found[:, head.layer, head.head] == pytest.approx(expected, abs=3e-5)
     assert ticks == [2, 1]
@@ -78,7 +79,7 @@ def test_where_a_head_is_all_but_sure_of_its_cells_the_rest_is_the_softmax_of_th
         cells = {**drawn.repeats.cells, "prefix_matching": Cells(row, query, key)}
         batch = replace(drawn.repeats, cells=cells)
         predictions = Predictions(row, query, tokens[row, query + 1])
-        expected = row_means(predictions, by_hand(oracle, batch, predictions, Head.at(1, head)), 3)
+        expected = mean_per_row(by_hand(oracle, batch, predictions, Head.at(1, head)), predictions.row, 3)
         found = exact_direct_effect(model, batch, predictions)[:, 1, head]
         assert found == pytest.approx(expected, abs=1e-4, nan_ok=True)
         assert np.nanmax(np.abs(expected)) > 1e-2
@@ -128,7 +129,7 @@ def test_in_the_last_layer_without_an_mlp_direct_is_all_there_is(random_gpt2, dr
             lost = [(logits - logits.mean(-1, keepdim=True)).numpy() for logits in (clean, changed)]
             lost = (lost[0] - lost[1])[np.arange(len(predictions.row)), predictions.token]
             assert np.abs(lost).max() > 1e-3
-            assert found[:, 2, head] == pytest.approx(row_means(predictions, lost, 3), abs=1e-5)
+            assert found[:, 2, head] == pytest.approx(mean_per_row(lost, predictions.row, 3), abs=1e-5)
     finally:
         silent.remove()
 

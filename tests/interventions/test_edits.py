@@ -95,7 +95,7 @@ def test_mean_ablation_is_by_class_of_position(loaded, oracles, drawn, name):
 
         return torch.stack([at(kind) for kind in classes[row]])
 
-    intervention = mean(HEADS, recorded(loaded[name], drawn.controls), classes, classes)
+    intervention = mean(HEADS, recorded(loaded[name], drawn.controls), classes)
     check(loaded[name], oracles[name], drawn.repeats.tokens, intervention, Changes(z=of(HEADS, average)))
 
 
@@ -408,24 +408,18 @@ def test_position_classes_tell_bos_targets_and_padding_apart():
     assert edits.position_classes(batch).tolist() == [[0, 1, 1, 2, 2], [0, 1, -1, -1, -1]]
 
 
-def test_a_class_without_a_reference_is_refused(random_gpt2, drawn):
-    classes = edits.position_classes(drawn.repeats)
-    with pytest.raises(UserError, match="class 2"):
-        mean(HEADS, recorded(random_gpt2, drawn.controls), np.minimum(classes, 1), classes)
-
-
 def test_padding_takes_no_part_in_the_means_and_needs_none(random_gpt2, drawn):
     """Two rows, the second half padding: the class means are those of what is no padding."""
     rows = [drawn.repeats.tokens[0], drawn.repeats.tokens[1][:7]]
     batch = TokenBatch.of(rows, pad=random_gpt2.bos)
     classes = edits.position_classes(batch)
     source = Recordings(random_gpt2, batch.tokens)
-    under = Recordings(random_gpt2, batch.tokens, under=mean([Head.at(1, 2)], source, classes, classes))
+    under = Recordings(random_gpt2, batch.tokens, under=mean([Head.at(1, 2)], source, classes))
     found, clean = (some.get(1, "z")[:, :, 2] for some in (under, source))
     for row, position in np.argwhere(classes >= 0):
         alike = clean[torch.from_numpy(classes == classes[row, position])]
         torch.testing.assert_close(found[row, position], alike.mean(0), atol=1e-6, rtol=1e-5)
-    assert torch.isfinite(random_gpt2.logits(batch.tokens, mean(HEADS, source, classes, classes).edits)).all()
+    assert torch.isfinite(random_gpt2.logits(batch.tokens, mean(HEADS, source, classes).edits)).all()
 
 
 @given(rows=st.integers(2, 40), seed=st.integers(0, 2**32))

@@ -205,7 +205,7 @@ def test_controls_are_measured_by_their_own_prefix_matching(random_gpt2, few_row
     head, other = Head.at(1, 2), Head.at(1, 3)
     plan = plan_of(random_gpt2, head, attending=[Head.at(1, 0), Head.at(1, 1)])
     found = {one["metric"]: one for one in experiments._replacement_effects(plan, "uniform", head, lambda count: None)}
-    metrics = effects.RowMetrics(random_gpt2, plan.experiment.drawn.repeats)
+    metrics = effects.RowMetrics(random_gpt2, plan.drawn.repeats)
     own = [metrics.prefix_matching(other, one).mean() for one in (uniform([other]), None)]
     control = found["prefix_matching"]["control"]
     assert control["effect"] == pytest.approx(own[0] - own[1], abs=1e-9)
@@ -222,7 +222,7 @@ def test_path_effects_are_those_of_each_sender(random_gpt2, few_rows, which):
     assert [(one["sender"], one["metric"]) for one in found] == [
         (sender, metric) for sender in senders for metric in ("prefix_matching", "loss_at_repeats")
     ]
-    metrics = effects.RowMetrics(random_gpt2, plan.experiment.drawn.repeats)
+    metrics = effects.RowMetrics(random_gpt2, plan.drawn.repeats)
 
     def measured(intervention) -> dict[str, float]:
         loss = metrics.losses(intervention)["loss_at_repeats"].mean()
