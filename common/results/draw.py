@@ -36,7 +36,7 @@ SHAPES = {"circle": "o", "square": "s", "triangle-down": "v", "triangle-up": "^"
 
 def draw(figure: spec.Figure) -> Figure:
     """The figure by matplotlib, its texts made legible."""
-    with _style():
+    with style():
         made = Figure(figsize=(figure.width, figure.height), dpi=120, layout="constrained")
         FigureCanvasAgg(made)
         # Rows may hold different numbers of panels: the grid is as fine as all of them need.
@@ -67,12 +67,14 @@ def draw(figure: spec.Figure) -> Figure:
 def save(figure: spec.Figure, path: Path) -> None:
     """Write the figure as PNG, 120 dots per inch."""
     drawn = draw(figure)
-    with _style():
+    with style():
         drawn.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
 
 
-def _style() -> AbstractContextManager[None]:
-    return rc_context({"font.family": [FONT], "text.parse_math": False})  # a token such as "$x_1" is no formula
+def style() -> AbstractContextManager[None]:
+    """Settings under which figures are drawn and saved."""
+    # A token such as "$x_1" is no formula. The salt makes the names inside an SVG file the same in every run.
+    return rc_context({"font.family": [FONT], "text.parse_math": False, "svg.hashsalt": "page"})
 
 
 def legible(text: str, most: int | None = None) -> str:

@@ -55,9 +55,11 @@ ABLATION_TITLES = {
 def mosaic_figure(found: Detection, title: str) -> Figure:
     """Layer × head prefix matching; heads that attend to their targets are framed and named."""
     layers, heads = found.score.shape
-    texts, hover = np.full((layers, heads), "", dtype="<U4"), np.full((layers, heads), "", dtype=object)
+    texts = np.full((layers, heads), "", dtype="<U4")
+    names, hover = np.full((2, layers, heads), "", dtype=object)
     for place, score in np.ndenumerate(found.score):
-        hover[place] = f"head {Head.at(*place)}\n{found.verdict[place]}\nprefix matching {number(score)}"
+        names[place] = str(Head.at(*place))
+        hover[place] = f"head {names[place]}\n{found.verdict[place]}\nprefix matching {number(score)}"
         if found.score.size <= MOST_VALUES and np.isfinite(score):
             texts[place] = f"{score:.2f}"
     outlines, legend = [], []
@@ -66,7 +68,9 @@ def mosaic_figure(found: Detection, title: str) -> Figure:
         outlines += [Outline(*head.place, colour, line, str(head)) for head in of]
         legend += [Entry(said, "frame", colour, line)] if of else []
     label = "prefix matching: attention to the tokens\nafter earlier copies of the current one"
-    heatmap = Heatmap(found.score, Scale(ATTENTION, 0.0, 1.0, label), outlines, texts, hover=hover, gaps=True)
+    heatmap = Heatmap(
+        found.score, Scale(ATTENTION, 0.0, 1.0, label), outlines, texts, hover=hover, heads=names, gaps=True
+    )
     x, y = Axis("head", [str(head) for head in range(heads)]), Axis("layer", [str(layer) for layer in range(layers)])
     # 0.62 inches hold a number of two digits and the head's name above it
     width, height = max(7.0, 0.62 * heads + 3), max(3.4, 0.42 * layers + 1.8)

@@ -208,7 +208,7 @@ class QKAnalysis(Analysis):
 
     def page(self) -> str:
         shown = dict(self.specified([name for name in self.figures if page.takes(name)]))
-        return page.qk_page(self.as_json(), self.chosen.leading, self.checks(), _maps_on_page(self), shown)
+        return page.qk_page(self.as_json(), self.leading, self.checks(), _maps_on_page(self), shown)
 
     def interaction(self, text: LayerOnText) -> Interaction:
         """Queries, keys, scores and patterns of every head of the layer on one text."""
