@@ -240,7 +240,7 @@ class QKAnalysis(Analysis):
             "decomposition": [record for text in self.texts for record in text.records(self.chosen.layer)],
             "composition": self.composition.record(self.pair) if self.composition and self.pair else None,
             "directions": directions,
-            "interventions": self.effects,
+            "interventions": [{**one, "head": one["heads"][0]} for one in self.effects],  # each is made on one head
             "experiments": self.experiments.about() if self.experiments else None,
         }
 
