@@ -156,7 +156,7 @@ def policy(scripts: Iterable[str]) -> str:
 def _page(
     results: Row, what: str, said: Sequence[str], figures: Mapping[str, Figure], chosen: str, texts: Iterable[TextMaps]
 ) -> str:
-    results = cast(Row, jsonable(results))
+    results = jsonable(results)
     heads, (shown, left_out) = results["heads"], affordable(texts, len(results["sequences"]))
     panels: dict[str, object] = {}
 
