@@ -146,7 +146,9 @@ class InductionHeads(Analysis):
     def page(self) -> str:
         said = [tables.verdict_sentence(self.heads, self.ablation)]
         shown = dict(self.specified([name for name in self.figures if page.takes(name)]))
-        return page.induction_page(self.as_json(), said, _maps_on_page(self), shown)
+        strongest = max(self.heads, key=lambda head: np.nan_to_num(head.prefix_matching)).name
+        chosen = str(self.induction_heads[0]) if self.induction_heads else strongest
+        return page.report(self.as_json(), "Induction heads of", chosen, said, _maps_on_page(self), shown)
 
     def content(self, written: Sequence[str]) -> dict[str, object]:
         return {

@@ -26,7 +26,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from common.heads.statistics import Floats
-from common.results.figures_heads import UNITS, Places, Row, map_panel, name_of, number, numbers, side_of
+from common.results.figures_heads import UNITS, Places, Row, drawn_cells, map_panel, name_of, number, numbers, side_of
 from common.results.files import jsonable
 from common.results.picture import Picture, picture
 from common.results.spec import Figure, Heatmap, Scale
@@ -78,24 +78,58 @@ class TextMaps:
     figures: Sequence[Figure] = ()
 
 
-def induction_page(results: Row, said: Sequence[str], texts: Iterable[TextMaps], figures: Mapping[str, Figure]) -> str:
-    """The page of the first script: mosaic, patterns of every head on every text, what heads do.
-
-    `results`: as for results.json; `said`: sentences on the whole; `texts`: with maps of all heads, layer by layer;
-    `figures`: by name, those that `SECTIONS` names are shown.
-    """
-    strongest = max(results["heads"], key=lambda head: head["prefix_matching"] or 0.0)
-    chosen = str(results["induction_heads"][0]) if results["induction_heads"] else name_of(strongest)
-    return _page(results, "Induction heads of", said, figures, chosen, texts)
-
-
-def qk_page(
-    results: Row, chosen: str, said: Sequence[str], texts: Iterable[TextMaps], figures: Mapping[str, Figure]
+def report(
+    results: Row, what: str, chosen: str, said: Sequence[str], texts: Iterable[TextMaps], figures: Mapping[str, Figure]
 ) -> str:
-    """The page of the second script: scores and pattern of every head of the layer, what they are made of, weights and
-    interventions. `chosen`: the head shown first; the rest as for `induction_page`, with the heads of the layer alone.
+    """The page: what was found, maps of every head on every text, and figures.
+
+    `results`: as for results.json; `what`: its title but for the model's name; `chosen`: the head shown first; `said`:
+    sentences on the whole; `texts`: with maps of all heads of `results`, in their order; `figures`: by name, those that
+    `SECTIONS` names are shown.
     """
-    return _page(results, f"Layer {results['layer']} of", said, figures, chosen, texts)
+    results = jsonable(results)
+    heads, (shown, left_out) = results["heads"], affordable(texts, len(results["sequences"]))
+    panels: dict[str, object] = {}
+
+    def placed(key: str, figure: Figure) -> str:
+        made = picture(figure)
+        panels[key] = made.panels
+        return _framed(key, made, figure.title)
+
+    sections = {}
+    for start, (title, hint) in SECTIONS.items():
+        inside = [placed(_id(name), figure) for name, figure in figures.items() if name.split("_")[0] == start]
+        if inside:
+            beside = '<table id="numbers"></table>' if start == "mosaic" else ""
+            sections[start] = _section(title, hint, "".join(inside) + beside)
+    above = [*map(_paragraph, said), sections.pop("mosaic", "")]
+    maps = [_live_maps(text, one) for text, one in enumerate(shown)]
+    further = [
+        "".join(placed(f"text-{text}-figure-{place}", figure) for place, figure in enumerate(one.figures))
+        for text, one in enumerate(shown)
+    ]
+    on_texts = [_text_section(text, one, maps[text][0] + further[text]) for text, one in enumerate(shown)]
+    if left_out:
+        on_texts.append(_paragraph(f"{left_out} further texts are left out here; results.json has them.", "hint"))
+    data = {
+        "units": UNITS,
+        "heads": [{"name": name_of(head), "line": _line(head), "numbers": numbers(head)} for head in heads],
+        "chosen": [name_of(head) for head in heads].index(chosen),
+        "figures": panels,
+        "texts": [content for _, content in maps],
+    }
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    filled = {
+        "policy": policy([script]),
+        "title": html.escape(f"{what} {results['model']['name']}"),
+        "provenance": html.escape(_provenance(results)),
+        "body": "\n".join(
+            [*above, _chooser(heads), f'<div class="texts">{"".join(on_texts)}</div>', *sections.values()]
+        ),
+        "data": in_script(data),
+        "script": script,
+    }
+    return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(filled)
 
 
 def takes(name: str) -> bool:
@@ -153,54 +187,6 @@ def policy(scripts: Iterable[str]) -> str:
     return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
 
 
-def _page(
-    results: Row, what: str, said: Sequence[str], figures: Mapping[str, Figure], chosen: str, texts: Iterable[TextMaps]
-) -> str:
-    results = jsonable(results)
-    heads, (shown, left_out) = results["heads"], affordable(texts, len(results["sequences"]))
-    panels: dict[str, object] = {}
-
-    def placed(key: str, figure: Figure) -> str:
-        made = picture(figure)
-        panels[key] = made.panels
-        return _framed(key, made, figure.title)
-
-    sections = {}
-    for start, (title, hint) in SECTIONS.items():
-        inside = [placed(_id(name), figure) for name, figure in figures.items() if name.split("_")[0] == start]
-        if inside:
-            beside = '<table id="numbers"></table>' if start == "mosaic" else ""
-            sections[start] = _section(title, hint, "".join(inside) + beside)
-    above = [*map(_paragraph, said), sections.pop("mosaic", "")]
-    maps = [_live_maps(text, one) for text, one in enumerate(shown)]
-    further = [
-        "".join(placed(f"text-{text}-figure-{place}", figure) for place, figure in enumerate(one.figures))
-        for text, one in enumerate(shown)
-    ]
-    on_texts = [_text_section(text, one, maps[text][0] + further[text]) for text, one in enumerate(shown)]
-    if left_out:
-        on_texts.append(_paragraph(f"{left_out} further texts are left out here; results.json has them.", "hint"))
-    data = {
-        "units": UNITS,
-        "heads": [{"name": name_of(head), "line": _line(head), "numbers": numbers(head)} for head in heads],
-        "chosen": [name_of(head) for head in heads].index(chosen),
-        "figures": panels,
-        "texts": [content for _, content in maps],
-    }
-    script = (HERE / "page.js").read_text(encoding="utf-8")
-    filled = {
-        "policy": policy([script]),
-        "title": html.escape(f"{what} {results['model']['name']}"),
-        "provenance": html.escape(_provenance(results)),
-        "body": "\n".join(
-            [*above, _chooser(heads), f'<div class="texts">{"".join(on_texts)}</div>', *sections.values()]
-        ),
-        "data": in_script(data),
-        "script": script,
-    }
-    return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(filled)
-
-
 def _provenance(results: Row) -> str:
     model, versions = results["model"], results["versions"]
     return (
@@ -220,10 +206,9 @@ def _line(head: Row) -> str:
 def _live_maps(text: int, one: TextMaps) -> tuple[str, dict[str, object]]:
     """The axes of a text's maps as HTML, and for the script the text: its tokens, its cells counted in drawn places,
     and of each kind its packed maps and how to paint them."""
-    at = {place: index for index, place in enumerate(one.places)}
     tokens = [one.tokens[place] for place in one.places]
     short = [_shortened(token, LONGEST_TOKEN) for token in tokens]
-    cells = [(at[query], at[key]) for query, key in one.cells if query in at and key in at]
+    cells = drawn_cells(one.cells, one.places)
     side = max(4.8, side_of(len(tokens)))  # short texts larger than on paper: cells are hovered over
     frames, kinds = [], {}
     for kind, maps in one.maps.items():

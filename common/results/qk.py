@@ -217,7 +217,8 @@ class QKAnalysis(Analysis):
 
     def page(self) -> str:
         shown = dict(self.specified([name for name in self.figures if page.takes(name)]))
-        return page.qk_page(self.as_json(), self.leading, self.checks(), _maps_on_page(self), shown)
+        title, said = f"Layer {self.chosen.layer} of", self.checks()
+        return page.report(self.as_json(), title, self.leading, said, _maps_on_page(self), shown)
 
     def interaction(self, text: LayerOnText) -> Interaction:
         """Queries, keys, scores and patterns of every head of the layer on one text."""

@@ -149,6 +149,11 @@ def mosaic(found: Detection):
     return figures_heads.mosaic_figure(found, "title")
 
 
+def induction_page(results, said, texts, figures) -> str:
+    chosen = max(results["heads"], key=lambda head: head["prefix_matching"])
+    return page.report(results, "Induction heads of", name_of(chosen), said, texts, figures)
+
+
 def text_maps(tokens, maps, *, cells=(), text="a text") -> page.TextMaps:
     return page.TextMaps(text, tokens, "said", cells, range(len(tokens)), maps)
 
@@ -180,7 +185,7 @@ def test_a_page_of_gpt2_small_with_four_texts_stays_small(results):
     tokens = [f"token{place}" for place in range(13)]
     big = {**results, "heads": heads, "induction_heads": [], "sequences": results["sequences"][:1] * 4}
     figures = {"mosaic": mosaic(big_found(12, 12)), "effects": figures_heads.effect_figure(heads, "title")}
-    written = page.induction_page(big, [], [text_maps(tokens, {"pattern": pattern})] * 4, figures)
+    written = induction_page(big, [], [text_maps(tokens, {"pattern": pattern})] * 4, figures)
     assert len(written.encode()) < 2_000_000
 
 
@@ -189,7 +194,7 @@ def test_what_does_not_fit_is_left_out_and_said(results, monkeypatch):
     one = text_maps(["BOS", "a", "b"], {"pattern": pattern})
     monkeypatch.setattr(page, "MOST_PACKED", 2 * page.packed_size(pattern))
     five = {**results, "sequences": results["sequences"][:1] * 5}
-    written = page.induction_page(five, [], iter([one] * 5), {"mosaic": mosaic(big_found(4, 6))})
+    written = induction_page(five, [], iter([one] * 5), {"mosaic": mosaic(big_found(4, 6))})
     assert written.count('class="tokens"') == 2
     assert "3 further texts are left out here" in written
 
@@ -207,9 +212,7 @@ def test_a_long_text_is_cut_to_its_window_and_says_so(mini):
 
 def test_figures_without_a_section_are_not_on_the_page_and_a_section_has_all_of_its_name(results):
     shown = mosaic(big_found(4, 6))
-    written = page.induction_page(
-        results, [], [], {"mosaic": shown, "parts_1.0": shown, "parts_1.1": shown, "x": shown}
-    )
+    written = induction_page(results, [], [], {"mosaic": shown, "parts_1.0": shown, "parts_1.1": shown, "x": shown})
     data = json.loads(re.search('type="application/json" id="page">(.*?)</script>', written)[1])
     assert set(data["figures"]) == {"mosaic", "parts_1-0", "parts_1-1"}
     assert written.count("One part of a head replaced") == 1
@@ -360,7 +363,7 @@ def hostile_page(results, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
     shown = {**results, "model": model, "sequences": results["sequences"][:1]}
     figures = {"mosaic": mosaic(big_found(4, 6)), f"parts_{HOSTILE[2]}": hostile_figure()}
-    page.save(page.induction_page(shown, [HOSTILE[1]], [one], figures), folder)
+    page.save(induction_page(shown, [HOSTILE[1]], [one], figures), folder)
     return folder / "report.html"
 
 
