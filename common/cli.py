@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -41,7 +42,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line on stderr, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {_legible(message)}{self._nearest(message)} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: {escaped(message)}{self._nearest(message)} (--help lists the options)\n")
 
     def _nearest(self, message: str) -> str:
         """`; did you mean --…?` where the complaint is of a flag that nearly exists."""
@@ -56,67 +57,50 @@ def shared_parser(description: str) -> Parser:
     """The flags that both scripts take."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     what = parser.add_argument_group("what to analyse")
-    what.add_argument(
-        "--model",
-        default="auto",
-        metavar="NAME|FOLDER|FILE",
-        help="a TransformerLens model name, a Hugging Face folder, a GGUF file, mini (bundled, offline), "
-        "or auto: GPT-2 small where it can be had, else mini (default auto)",
+    name = (
+        "a TransformerLens model name, a Hugging Face folder, a GGUF file, mini (bundled, offline), or auto: GPT-2 "
+        "small where it can be had, else mini (default auto)"
     )
+    what.add_argument("--model", default="auto", metavar="NAME|FOLDER|FILE", help=name)
     texts = what.add_mutually_exclusive_group()
     texts.add_argument("--text", action="append", metavar="TEXT", help="a text to analyse; repeat for more")
     texts.add_argument("--sequences-file", type=Path, metavar="FILE", help="a UTF-8 file with one text per line")
-    how = parser.add_argument_group("how")
-    how.add_argument("--device", default="cpu", help="torch device: cpu, cuda, mps (default cpu)")
-    how.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="weights (default float32)"
-    )
-    how.add_argument("--seed", type=whole_number, default=0, metavar="N", help="seed of the random rows (default 0)")
-    how.add_argument(
-        "--batch-size",
-        type=row_count,
-        default="auto",
-        metavar="auto|ROWS",
-        help="rows per forward pass; auto: as many as help and fit into the free memory (default auto)",
-    )
-    how.add_argument(
-        "--threshold",
-        type=threshold,
-        default="dynamic",
-        metavar="dynamic|NUMBER",
-        help="each head its own threshold from its control cells, or one number for all, 0 to 1 (default dynamic)",
-    )
+    add = parser.add_argument_group("how").add_argument
+    add("--device", default="cpu", help="torch device: cpu, cuda, mps (default cpu)")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="weights (default float32)")
+    add("--seed", type=whole_number, default=0, metavar="N", help="seed of the random rows (default 0)")
+    rows = "rows per forward pass; auto: as many as help and fit into the free memory (default auto)"
+    add("--batch-size", type=row_count, default="auto", metavar="auto|ROWS", help=rows)
+    least = "each head its own threshold from its control cells, or one number for all, 0 to 1 (default dynamic)"
+    add("--threshold", type=threshold, default="dynamic", metavar="dynamic|NUMBER", help=least)
     out = parser.add_argument_group("what to write")
     out.add_argument("--out", type=Path, metavar="DIR", help="output folder (default outputs/<model>/<script>)")
     out.add_argument("--no-plots", action="store_true", help="numbers only, no pictures")
     talk = parser.add_mutually_exclusive_group()
-    for flag, level, text in (
-        ("--quiet", logging.WARNING, "say nothing while it runs but warnings; the result still comes"),
-        ("--verbose", logging.DEBUG, "say more while it runs"),
-    ):
-        talk.add_argument(flag, action="store_const", const=level, dest="level", default=logging.INFO, help=text)
+    level = partial(talk.add_argument, action="store_const", dest="level", default=logging.INFO)
+    level("--quiet", const=logging.WARNING, help="say nothing while it runs but warnings; the result still comes")
+    level("--verbose", const=logging.DEBUG, help="say more while it runs")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model's own Python code run")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and what is worth a look")
     return parser
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1; raises argparse.ArgumentTypeError otherwise."""
-    number = whole_number(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is less than 1")
-    return number
-
-
-def whole_number(text: str) -> int:
-    """A whole number from 0 to 2**63 - 1; raises argparse.ArgumentTypeError otherwise."""
+def whole_number(text: str, least: int = 0) -> int:
+    """A whole number from `least` to 2**63 - 1; raises argparse.ArgumentTypeError otherwise."""
     try:
         number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
     if not 0 <= number < 2**63:
         raise argparse.ArgumentTypeError(f"'{text}' is not between 0 and 2**63 - 1")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"'{text}' is less than {least}")
     return number
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1; raises argparse.ArgumentTypeError otherwise."""
+    return whole_number(text, least=1)
 
 
 def row_count(text: str) -> int | None:
@@ -157,21 +141,17 @@ def chosen_texts(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
     """
     if args.text is not None:
         return list(args.text)
-    if args.sequences_file is None:
-        return _some(default)
-    try:
-        lines = args.sequences_file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{args.sequences_file} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"cannot read {args.sequences_file}: {error.strerror}") from None
-    return _some([line for line in lines if line.strip()])
-
-
-def _some(texts: Sequence[str]) -> list[str]:
+    texts = list(default)
+    if args.sequences_file is not None:
+        try:
+            texts = [line for line in args.sequences_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{args.sequences_file} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+        except OSError as error:
+            raise UserError(f"cannot read {args.sequences_file}: {error.strerror}") from None
     if not texts:
         raise UserError("no text to analyse: give at least one text of two tokens or more")
-    return list(texts)
+    return texts
 
 
 def load_model(args: argparse.Namespace) -> Model:
@@ -197,15 +177,10 @@ def say_missing(missing: Sequence[str]) -> None:
         raise KeyboardInterrupt(f"not measured: {', '.join(missing)}; the rest is written, run again to go on")
 
 
-def _legible(text: str, keep: str = "") -> str:
-
-    return escaped(text, keep=keep)
-
-
 def say(message: str, level: int = logging.INFO) -> None:
     """One line for the person who waits, on stderr; not with --quiet."""
     if LOG.isEnabledFor(level):
-        sys.stderr.write(_legible(message) + "\n")
+        sys.stderr.write(escaped(message) + "\n")
         sys.stderr.flush()  # minutes may pass before the next line
 
 
@@ -226,7 +201,7 @@ def hear(note: Note) -> None:
 
 def tell(message: str) -> None:
     """A line of the result, on stdout."""
-    sys.stdout.write(_legible(message, keep="\n") + "\n")
+    sys.stdout.write(escaped(message, keep="\n") + "\n")
 
 
 @contextmanager
@@ -244,11 +219,11 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout, at most `WIDTH` columns wide; numbers are right-aligned."""
     table = Table(title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.title = _legible(title)
+    table.title = escaped(title)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(_legible(cell) for cell in row))
+        table.add_row(*(escaped(cell) for cell in row))
     width = None if sys.stdout.isatty() else WIDTH
     Console(width=width, highlight=False, markup=False, emoji=False).print(table)
 
@@ -262,13 +237,23 @@ def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, pr
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows few characters gets escapes for the others
             stream.reconfigure(errors="backslashreplace")
+
+    def failed(message: str) -> int:
+        if args.debug:
+            traceback.print_exc()
+        sys.stderr.write(f"{program}: {escaped(' '.join(message.split()))}\n")
+        return 2
+
     try:
-        _check_values(args)
+        for name, value in vars(args).items():
+            # Of an option given as `--option=--` argparse makes an empty list.
+            if isinstance(value, list) and (not value or [] in value):
+                raise UserError(f"'--' is no value for --{name.replace('_', '-')}")
         work(args)
         sys.stdout.flush()
         return 0
     except UserError as error:
-        return _failed(program, str(error), args.debug)
+        return failed(str(error))
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"{program}: stopped; {str(stop) or 'nothing was written'}\n")
         return INTERRUPTED
@@ -278,18 +263,4 @@ def run(work: Callable[[argparse.Namespace], None], args: argparse.Namespace, pr
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
             raise
-        return _failed(program, "out of memory: a smaller --batch-size or shorter texts need less", args.debug)
-
-
-def _check_values(args: argparse.Namespace) -> None:
-    """Raise UserError for an option given as `--option=--`, of which argparse makes an empty list."""
-    for name, value in vars(args).items():
-        if isinstance(value, list) and (not value or [] in value):
-            raise UserError(f"'--' is no value for --{name.replace('_', '-')}")
-
-
-def _failed(program: str, message: str, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    sys.stderr.write(f"{program}: {_legible(' '.join(message.split()))}\n")
-    return 2
+        return failed("out of memory: a smaller --batch-size or shorter texts need less")

@@ -7,7 +7,6 @@ in a context while a figure is drawn or saved; the settings of whoever imports t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +35,7 @@ SHAPES = {"circle": "o", "square": "s", "triangle-down": "v", "triangle-up": "^"
 
 def draw(figure: spec.Figure) -> Figure:
     """The figure by matplotlib, its texts made legible."""
-    with _style():
+    with style():
         made = Figure(figsize=(figure.width, figure.height), dpi=120, layout="constrained")
         FigureCanvasAgg(made)
         # Rows may hold different numbers of panels: the grid is as fine as all of them need.
@@ -67,12 +66,14 @@ def draw(figure: spec.Figure) -> Figure:
 def save(figure: spec.Figure, path: Path) -> None:
     """Write the figure as PNG, 120 dots per inch."""
     drawn = draw(figure)
-    with _style():
+    with style():
         drawn.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
 
 
-def _style() -> AbstractContextManager[None]:
-    return rc_context({"font.family": [FONT], "text.parse_math": False})  # a token such as "$x_1" is no formula
+def style() -> AbstractContextManager[None]:
+    """Settings under which figures are drawn and saved."""
+    # A token such as "$x_1" is no formula. The salt makes the names inside an SVG file the same in every run.
+    return rc_context({"font.family": [FONT], "text.parse_math": False, "svg.hashsalt": "page"})
 
 
 def legible(text: str, most: int | None = None) -> str:
@@ -93,33 +94,31 @@ def _panel(axes: Axes, panel: spec.Panel) -> None:
         bar = axes.figure.colorbar(coloured, ax=axes, fraction=0.046, pad=0.03, extend=extend)
         bar.set_label(panel.scale.label, fontsize=8)
         bar.ax.tick_params(labelsize=7)
-    _axis(panel.x, axes.set_xscale, axes.set_xticks, axes.set_xlabel, axes.set_xlim, coloured)
-    _axis(panel.y, axes.set_yscale, axes.set_yticks, axes.set_ylabel, axes.set_ylim, coloured)
-    for which, axis in (("x", panel.x), ("y", panel.y)):
-        if axis.grid:
-            axes.grid(axis="x" if which == "x" else "y", color="0.92")
-            axes.set_axisbelow(True)
+    _axis(axes, "x", panel.x, coloured is not None)
+    _axis(axes, "y", panel.y, coloured is not None)
     for place, heading in panel.headings:
         axes.annotate(heading, (place, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), ha="center", fontsize=8,
                       textcoords="offset points")  # fmt: skip
     axes.set_title(panel.title, fontsize=10, pad=18 if panel.headings else None)
 
 
-def _axis(
-    axis: spec.Axis, scale: Callable[..., None], ticks: Callable[..., object], label: Callable[[str], object],
-    limits: Callable[[tuple[float, float]], object], coloured: object,
-) -> None:  # fmt: skip
-    """One axis, by the functions that set an axis."""
+def _axis(axes: Axes, which: Literal["x", "y"], axis: spec.Axis, coloured: bool) -> None:
+    def change(what: str, *values: object, **options: object) -> None:
+        getattr(axes, f"set_{which}{what}")(*values, **options)
+
     if axis.linear_to is not None:
-        scale("symlog", linthresh=axis.linear_to)
+        change("scale", "symlog", linthresh=axis.linear_to)
     if axis.ticks is not None:
         size = 6 if len(axis.ticks) > 32 else 8 if coloured else 9
         # Legible here: matplotlib writes tick labels anew from these whenever it draws.
         labels = [legible(tick, spec.LONGEST_TICK) for tick in axis.ticks]
-        ticks(list(axis.places), labels, rotation=90 if axis.turned else 0, fontsize=size)
-    label(axis.label)
+        change("ticks", list(axis.places), labels, rotation=90 if axis.turned else 0, fontsize=size)
+    change("label", axis.label)
     if axis.limits:  # after the ticks, which would move them
-        limits(axis.limits)
+        change("lim", axis.limits)
+    if axis.grid:
+        axes.grid(axis=which, color="0.92")
+        axes.set_axisbelow(True)
 
 
 def _element(axes: Axes, one: spec.Element, panel: spec.Panel) -> ScalarMappable | None:
@@ -213,17 +212,14 @@ def _look(shape: str, colour: str, size: float, filled: bool) -> dict[str, Any]:
 
 
 def _legend(figure: Figure, axes: Axes, shown: spec.Figure) -> None:
-    handles: list[Artist] = [_handle(entry) for entry in shown.legend]
-    columns = shown.legend_columns
+    look: dict[str, Any] = {"handles": [_handle(entry) for entry in shown.legend], "ncols": shown.legend_columns}
     if shown.legend_at == "below":
-        where: Literal["outside lower center", "outside lower left"]
-        where = "outside lower center" if columns > 1 else "outside lower left"
-        figure.legend(handles=handles, loc=where, ncols=columns, frameon=False, fontsize=9)
+        look["loc"] = f"outside lower {'center' if shown.legend_columns > 1 else 'left'}"
+        figure.legend(**look, frameon=False, fontsize=9)
     elif shown.legend_at == "above":
-        axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=8,
-                    borderaxespad=0)  # fmt: skip
+        axes.legend(**look, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8, borderaxespad=0)
     else:
-        axes.legend(handles=handles, loc=shown.legend_at, fontsize=8)
+        axes.legend(handles=look["handles"], loc=shown.legend_at, fontsize=8)
 
 
 def _handle(entry: spec.Entry) -> Artist:

@@ -88,11 +88,8 @@ def head_figure(scores: Floats, pattern: Floats, tokens: Sequence[str], cells: P
     written, shown = len(tokens) <= figures_heads.WITH_VALUES, len(figures_heads.drawn_places(len(tokens), cells))
     side = max(5.2, (0.42 if written else 0.24) * shown + 1.8)
     panels = [
-        figures_heads.token_panel(kind, values, tokens, cells, said, written=written)
-        for kind, values, said in (
-            ("scores", scores, "scores, before softmax"),
-            ("pattern", pattern, "pattern, after softmax"),
-        )
+        figures_heads.token_panel(kind, values, tokens, cells, f"{kind}, {when} softmax", written=written)
+        for kind, values, when in (("scores", scores, "before"), ("pattern", pattern, "after"))
     ]
     legend, title = figures_heads.token_legend(panels), title + figures_heads.cut(len(tokens), cells)
     return Figure(title, [panels], 2 * side + 0.8, 0.9 * side + 1.2, legend, legend_columns=2)
@@ -232,12 +229,10 @@ def intervention_figures(effects: Sequence[Row], model: str) -> dict[str, Figure
     """The pictures of interventions on heads, by the stem of the file's name: per head its parts, and the paths into
     the one receiver."""
     parts, paths = ([one for one in effects if ("sender" in one) == wanted] for wanted in (False, True))
-    figures = {
-        f"parts_{head}": part_figure(
-            [one for one in parts if one["heads"] == [head]], f"{model}, head {head}: one part replaced, the rest kept"
-        )
-        for head in dict.fromkeys(one["heads"][0] for one in parts)
-    }
+    figures = {}
+    for head in dict.fromkeys(one["heads"][0] for one in parts):
+        own = [one for one in parts if one["heads"] == [head]]
+        figures[f"parts_{head}"] = part_figure(own, f"{model}, head {head}: one part replaced, the rest kept")
     if paths:
         head = paths[0]["heads"][0]
         figures[f"paths_{head}"] = path_figure(paths, f"{model}: what earlier heads tell head {head}, input by input")
@@ -313,9 +308,9 @@ def path_panel(effects: Sequence[Row], metric: str, senders: Sequence[str]) -> P
         direct = "" if PATH_COLUMNS[strongest[1]].endswith(THROUGH) else ", direct"
         which = PATH_COLUMNS[strongest[1]].removeprefix("path to ")
         title += f"\nstrongest path: {senders[strongest[0]]} → {which}{direct}: {values[strongest]:+.2f}"
-    hover = np.full(values.shape, "", dtype=object)
-    for (row, column), value in np.ndenumerate(values):
-        hover[row, column] = f"sender {senders[row]}\n{PATH_COLUMNS[column]}\n{PATH_TITLES[metric]} {value:+.3f}"
+    hover = np.array([[f"sender {sender}\n{path}\n{PATH_TITLES[metric]} {value:+.3f}"
+                       for path, value in zip(PATH_COLUMNS, of, strict=True)]
+                      for sender, of in zip(senders, values, strict=True)], dtype=object)  # fmt: skip
     headings = [
         (place, said + (": not measured" if np.isnan(values[:, place]).all() else ""))
         for place, said in ((1, "direct path"), (4, "through MLPs too"), (6, WHOLE))

@@ -55,9 +55,11 @@ ABLATION_TITLES = {
 def mosaic_figure(found: Detection, title: str) -> Figure:
     """Layer × head prefix matching; heads that attend to their targets are framed and named."""
     layers, heads = found.score.shape
-    texts, hover = np.full((layers, heads), "", dtype="<U4"), np.full((layers, heads), "", dtype=object)
+    texts = np.full((layers, heads), "", dtype="<U4")
+    names, hover = np.full((2, layers, heads), "", dtype=object)
     for place, score in np.ndenumerate(found.score):
-        hover[place] = f"head {Head.at(*place)}\n{found.verdict[place]}\nprefix matching {number(score)}"
+        names[place] = str(Head.at(*place))
+        hover[place] = f"head {names[place]}\n{found.verdict[place]}\nprefix matching {number(score)}"
         if found.score.size <= MOST_VALUES and np.isfinite(score):
             texts[place] = f"{score:.2f}"
     outlines, legend = [], []
@@ -66,7 +68,9 @@ def mosaic_figure(found: Detection, title: str) -> Figure:
         outlines += [Outline(*head.place, colour, line, str(head)) for head in of]
         legend += [Entry(said, "frame", colour, line)] if of else []
     label = "prefix matching: attention to the tokens\nafter earlier copies of the current one"
-    heatmap = Heatmap(found.score, Scale(ATTENTION, 0.0, 1.0, label), outlines, texts, hover=hover, gaps=True)
+    heatmap = Heatmap(
+        found.score, Scale(ATTENTION, 0.0, 1.0, label), outlines, texts, hover=hover, heads=names, gaps=True
+    )
     x, y = Axis("head", [str(head) for head in range(heads)]), Axis("layer", [str(layer) for layer in range(layers)])
     # 0.62 inches hold a number of two digits and the head's name above it
     width, height = max(7.0, 0.62 * heads + 3), max(3.4, 0.42 * layers + 1.8)
@@ -223,8 +227,8 @@ def _ablation_panel(effects: Sequence[Row], title: str) -> Panel:
     at_repeats.sort(key=lambda one: (len(one["heads"]), -(one["effect"] or 0.0)))
     fresh = {tuple(one["heads"]): one for one in effects if one["metric"] == "loss_at_fresh"}
     heads = [" ".join(one["heads"]) for one in at_repeats]
-    rows: list[Sequence[Row | None]] = [at_repeats, [fresh.get(tuple(one["heads"])) for one in at_repeats]]
-    rows.append([one["control"] for one in at_repeats])
+    beside = [fresh.get(tuple(one["heads"])) for one in at_repeats]
+    rows: tuple[Sequence[Row | None], ...] = at_repeats, beside, [one["control"] for one in at_repeats]
     marks = [interval_marks(of, heads, said, *_LOSSES[said]) for said, of in zip(_LOSSES, rows, strict=True)]
     names = [heads[at] if len(one["heads"]) == 1 else f"all {len(one['heads'])}" for at, one in enumerate(at_repeats)]
     x = Axis("rise of the loss (nats), 95 % interval over rows", grid=True)
@@ -288,15 +292,19 @@ def drawn_places(length: int, cells: Places) -> list[int]:
     return [0, *range(max(start, 1), start + LONGEST)]
 
 
+def drawn_cells(cells: Places, places: Sequence[int]) -> Places:
+    """Those of the cells that are drawn, counted in the `places` that are."""
+    at = {place: index for index, place in enumerate(places)}
+    return [(at[query], at[key]) for query, key in cells if query in at and key in at]
+
+
 def token_panel(
     kind: str, values: Floats, tokens: Sequence[str], cells: Places, title: str, *, written: bool = False
 ) -> Panel:
     """A map [query, key] of one head on a text, cut to its `drawn_places`. As `map_panel`."""
     places = drawn_places(len(tokens), cells)
-    at = {place: index for index, place in enumerate(places)}
-    there = [(at[query], at[key]) for query, key in cells if query in at and key in at]
     part, shown = values[np.ix_(places, places)], [tokens[place] for place in places]
-    return map_panel(kind, part, shown, there, title, written=written)
+    return map_panel(kind, part, shown, drawn_cells(cells, places), title, written=written)
 
 
 def map_panel(
@@ -354,8 +362,8 @@ def token_legend(panels: Sequence[Panel | None]) -> list[Entry]:
     maps = [one for panel in panels if panel for one in panel.elements if isinstance(one, Heatmap)]
     framed = Entry("induction cell: the token after an earlier copy", "frame", MARK)
     resting = Entry("attention to BOS (grey, 0 to 1)", "patch", "0.6")
-    there = (framed, any(one.outlines for one in maps)), (resting, any(one.bos for one in maps))
-    return [entry for entry, shown in there if shown]
+    there = [framed] if any(one.outlines for one in maps) else []
+    return [*there, resting] if any(one.bos for one in maps) else there
 
 
 def cut(length: int, cells: Places) -> str:

@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -148,30 +148,23 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-@overload
-def jsonable(value: Mapping[str, object]) -> dict[str, object]: ...
-@overload
-def jsonable(value: object) -> object: ...
-def jsonable(value: object) -> object:
+def jsonable(value: object) -> Any:
     """`value` as JSON knows it: dicts, lists, strings, numbers (6 significant digits), booleans. NaN becomes None."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
         return [jsonable(item) for item in value]
-    if isinstance(value, (bool, np.bool_)):  # before int: a bool is one
-        return bool(value)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write `content` as JSON; NaN and infinities become null, NumPy values plain ones."""
-    path.write_text(
-        json.dumps(jsonable(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(jsonable(content), indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def write_results(folder: Path, content: Callable[[list[str]], Mapping[str, object]]) -> list[str]:

@@ -65,9 +65,15 @@ class TextResult(Screenful):
 
     def sentence(self) -> str:
         """Whether induction is at work in the text, and how much that rests on."""
+        if not self.queries:  # not "no induction": there was nothing to do
+            return f"Text {self.number}: no token comes again, so there is nothing for induction to do."
+        rests_on = f"{self.queries} {'query' if self.queries == 1 else 'queries'} with a target"
+        rests_on += ", which is few" if self.queries < FEW else ""
+        if not self.induction_at_work:
+            return f"Text {self.number}: no induction head is at work ({rests_on})."
         matching = self.scores.scores.mean("prefix_matching")
-        at_work = [(str(head), float(matching[head.place])) for head in self.induction_at_work]
-        return tables.text_sentence(self.number, self.queries, at_work)
+        named = ", ".join(f"{head} ({matching[head.place]:.2f})" for head in self.induction_at_work[:6])
+        return f"Text {self.number}: induction is at work: {named}; {rests_on}."
 
     def summary(self) -> Iterable[str]:
         yield tables.shortened(self.text)
@@ -103,8 +109,14 @@ class InductionHeads(Analysis):
     def sentences(self) -> list[str]:
         """What was found, for a reader: the induction heads, the others, the texts, agreement with the labels."""
         found = [tables.verdict_sentence(self.heads, self.ablation), tables.other_heads(self.heads)]
-        if uncertain := tables.unsure(self.survey):
-            found.append(uncertain)
+        if not self.survey.settled:
+            detected = self.survey.found
+            unsure = sorted(
+                map(tuple, np.argwhere(detected.confidence < self.survey.sure)), key=detected.confidence.item
+            )
+            named = [f"{Head.at(*at)} {detected.verdict[at]} ({detected.confidence[at]:.3f})" for at in unsure]
+            more = " …" if len(named) > 6 else ""
+            found.append(f"Not certain after {self.survey.rows} rows: {', '.join(named[:6])}{more}")
         found += [text.sentence() for text in self.texts]
         if self.metrics:
             found.append(f"Agreement with labels: {self.metrics.sentence()}.\nLabels: {self.metrics.labels}.")
@@ -116,7 +128,7 @@ class InductionHeads(Analysis):
         yield f".table(), .figure(name), .page(), .save(folder); figures: {', '.join(self.figures)}"
 
     def rows(self) -> dict[str, dict[str, object]]:
-        return {head.name: tables.flat(head) for head in self.heads}
+        return {head.name: head.flat() for head in self.heads}
 
     @property
     def figures(self) -> list[str]:
@@ -134,7 +146,9 @@ class InductionHeads(Analysis):
     def page(self) -> str:
         said = [tables.verdict_sentence(self.heads, self.ablation)]
         shown = dict(self.specified([name for name in self.figures if page.takes(name)]))
-        return page.induction_page(self.as_json(), said, _maps_on_page(self), shown)
+        strongest = max(self.heads, key=lambda head: np.nan_to_num(head.prefix_matching)).name
+        chosen = str(self.induction_heads[0]) if self.induction_heads else strongest
+        return page.report(self.as_json(), "Induction heads of", chosen, said, _maps_on_page(self), shown)
 
     def content(self, written: Sequence[str]) -> dict[str, object]:
         return {
@@ -178,7 +192,8 @@ def find_induction_heads(
     batch_size = rows_at_once(model, encoded, batch_size)
     options = {"seed": seed, "batch_size": batch_size}
     # Labels come before the long work, so that a wrong file is said at once.
-    truth = ground_truth.choose_labels(labels, model, lambda: _causal(model, options, progress))
+    causal = causal_labels.measure_causal_effects
+    truth = ground_truth.choose_labels(labels, model, lambda: causal(model, **options, progress=progress).labels())
     measured = survey(model, **options, threshold=threshold, progress=progress)
     found = measured.found
     quality = agreement.evaluate(found.induction, found.score, found.resampled, truth) if truth else None
@@ -197,10 +212,6 @@ def find_induction_heads(
         induction_heads=tuple(Head.at(*place) for place in by_score(found.score) if found.induction[place]),
         texts=texts, survey=measured, labels=truth, metrics=quality, ablation=ablated,
     )  # fmt: skip
-
-
-def _causal(model: Model, options: Mapping[str, int], progress: Progress) -> Labels:
-    return causal_labels.measure_causal_effects(model, **options, progress=progress).labels()
 
 
 def _ablate(

@@ -1,12 +1,72 @@
 "use strict";
-// Draws the figures of report.html from the JSON inside the page. Labels in that JSON are escaped for Plotly, which
-// reads a few tags in text; everything else that is written into the page is written as text.
+// Says what is under the pointer in the figures of report.html, and paints the maps of the head that is chosen, from
+// the JSON inside the page. Everything that is written into the page is written as text.
 
 const page = JSON.parse(document.getElementById("page").textContent);
-const config = { displayModeBar: false, responsive: false };
+const bubble = document.getElementById("bubble");
 const MISSING = -32768;
 const FULL = 32767;
+const REACH = 8; // pixels from a mark's middle at which it is still meant
 let chosen = page.chosen;
+
+/** A new element inside a figure, over the box [left, top, width, height], shares of it. */
+function over(figure, tag, className, [left, top, width, height]) {
+  const made = figure.appendChild(document.createElement(tag));
+  made.className = className;
+  const share = (value) => `${100 * value}%`;
+  Object.assign(made.style, { left: share(left), top: share(top), width: share(width), height: share(height) });
+  return made;
+}
+
+/** Watch a box of a figure: `find(x, y, width, height)`, the place as shares of the box and its size in pixels, gives
+    what is there, {text, head}, or nothing. */
+function watch(figure, place, find, hear = () => {}) {
+  const panel = over(figure, "div", "panel", place);
+  const under = (event) => {
+    const { left, top, width, height } = panel.getBoundingClientRect();
+    return find((event.clientX - left) / width, (event.clientY - top) / height, width, height);
+  };
+  panel.addEventListener("pointermove", (event) => {
+    const found = under(event);
+    say(found?.text, event);
+    hear(found?.head ?? -1);
+  });
+  panel.addEventListener("pointerleave", () => {
+    say();
+    hear(-1);
+  });
+  panel.addEventListener("click", (event) => {
+    const found = under(event);
+    if (found?.head >= 0) choose(found.head);
+  });
+  return panel;
+}
+
+/** Show a text beside the pointer, inside the window; nothing hides it. */
+function say(text, event) {
+  bubble.hidden = !text;
+  if (!text) return;
+  bubble.textContent = text;
+  const left = Math.min(event.clientX + 14, window.innerWidth - bubble.offsetWidth - 4);
+  const below = event.clientY + 14 + bubble.offsetHeight < window.innerHeight;
+  bubble.style.left = `${Math.max(left, 0)}px`;
+  bubble.style.top = `${below ? event.clientY + 14 : Math.max(event.clientY - bubble.offsetHeight - 10, 0)}px`;
+}
+
+/** The spot of a panel at a place: of those that reach so far, the one whose middle is nearest. */
+function nearest(spots, x, y, width, height) {
+  let best = Infinity, found;
+  for (const [left, top, across, along, text, name] of spots) {
+    const dx = Math.abs(x - left) * width, dy = Math.abs(y - top) * height;
+    // A mark has no size of its own; a cell or a bar reaches as far as it is drawn.
+    const inside = across || along ? dx <= across * width && dy <= along * height : Math.max(dx, dy) <= REACH;
+    if (inside && Math.hypot(dx, dy) < best) {
+      best = Math.hypot(dx, dy);
+      found = { text, head: page.heads.findIndex((one) => one.name === name) };
+    }
+  }
+  return found;
+}
 
 /** The codes of all maps of one kind of a text, as 16-bit numbers. */
 function decode(packed) {
@@ -27,28 +87,46 @@ function unpack(packed, places, head) {
 }
 
 function describe(text, kind, query, key, value) {
-  const at = (place) => `<b>${text.labels[place]}</b> (${text.places[place]})`;
+  if (value === null) return "";
+  const at = (place) => `${text.labels[place]} (${text.places[place]})`;
   const induction = text.cells.some(([q, k]) => q === query && k === key);
-  return `query ${at(query)}<br>key ${at(key)}<br>${page.units[kind]} ${value === null ? "" : value.toFixed(3)}` +
-    (induction ? "<br>induction cell: the token after an earlier copy" : "");
+  return `query ${at(query)}\nkey ${at(key)}\n${page.units[kind]} ${value.toFixed(3)}` +
+    (induction ? "\ninduction cell: the token after an earlier copy" : "");
 }
 
-/** The figure of a text's map, filled with the values of one head; BOS has no row and does not set the colours. */
-function drawMap(text, number, kind, head) {
-  const { data, layout } = text.figures[kind];
-  const values = unpack(text.maps[kind], text.labels.length, head);
-  const queries = values.map((_, query) => query).slice(1);
-  const inside = queries.flatMap((query) => values[query].slice(1)).filter((value) => value !== null);
+/** Put a canvas of a cell per pixel behind the axes of a text's map, and numbers beside its colour bar. */
+function prepare(text, number, kind) {
+  const map = text.maps[kind], figure = document.getElementById(`text-${number}-${kind}`);
+  const places = text.labels.length;
+  map.canvas = over(figure, "canvas", "cells", map.box);
+  figure.prepend(map.canvas);
+  Object.assign(map.canvas, { width: places, height: places - 1 });
+  const [left, top, width, height] = map.bar;
+  map.ends = [0, .5, 1].map((share) => over(figure, "span", "mark", [left + 1.3 * width, top + share * height, 0, 0]));
+  watch(figure, map.box, (x, y) => {
+    const key = Math.floor(x * places), query = 1 + Math.floor(y * (places - 1));
+    return { text: describe(text, kind, query, key, map.canvas.cells[query]?.[key] ?? null) };
+  });
+}
+
+/** Paint a text's map of one head. BOS has no row; its column does not set the colours and may have its own. */
+function paint(text, kind, head) {
+  const map = text.maps[kind], steps = map.colours.length, context = map.canvas.getContext("2d"), places = text.labels.length;
+  const cells = map.canvas.cells = unpack(map, places, head);
+  const inside = cells.slice(1).flatMap((row) => row.slice(1)).filter((value) => value !== null);
   const limit = inside.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-6);
-  const filled = data.map((trace) => ({
-    ...trace,
-    z: queries.map((query) => trace.x.map((key) => values[query][key])),
-    hovertext: queries.map((query) => trace.x.map((key) => describe(text, kind, query, key, values[query][key]))),
-    ...(trace.showscale && { zmin: trace.zmin < 0 ? -limit : 0, zmax: limit }),
+  context.clearRect(0, 0, places, places);
+  cells.slice(1).forEach((row, query) => row.forEach((value, key) => {
+    if (value === null) return;
+    const share = map.signed ? (value / limit + 1) / 2 : value / (key === 0 ? 1 : limit);
+    const step = Math.max(0, Math.min(steps - 1, Math.floor(steps * share)));
+    context.fillStyle = (key === 0 ? map.bos : map.colours)[step];
+    context.fillRect(key, query, 1, 1);
   }));
-  const words = `${kind[0].toUpperCase()}${kind.slice(1)} of head ${page.heads[head].name}`;
-  const title = { ...layout.title, text: words };
-  Plotly.react(`text-${number}-${kind}`, filled, { ...layout, title }, config);
+  const low = map.signed ? -limit : 0;
+  map.ends.forEach((end, place) => { end.textContent = Number((limit - place / 2 * (limit - low)).toPrecision(2)); });
+  map.canvas.closest("figure").querySelector("figcaption").textContent =
+    `${kind[0].toUpperCase()}${kind.slice(1)} of head ${page.heads[head].name}`;
 }
 
 /** Every number of a head, beside the mosaic. */
@@ -69,36 +147,21 @@ function choose(head) {
   tell(head);
   document.getElementById("head").value = head;
   document.getElementById("chosen").textContent = page.heads[head].line;
-  page.texts.forEach((text, number) => Object.keys(text.maps).forEach((kind) => drawMap(text, number, kind, head)));
-  if (!page.figures.mosaic) return;
-  const { layer, head: column } = page.heads[head];
-  const ring = { type: "circle", x0: column - .46, x1: column + .46, y0: layer - .46, y1: layer + .46,
-    line: { color: "black", width: 2 } };
-  Plotly.relayout("mosaic", { shapes: [...page.figures.mosaic.layout.shapes, ring] });
-}
-
-/** The place in `page.heads` of the head that a point of a figure stands for; -1 for none. */
-function headAt(figure, point) {
-  const named = point.data.meta?.names?.[point.pointIndex];
-  return page.heads.findIndex((one) => one.name === named ||
-    (figure === "mosaic" && one.layer === point.y && one.head === point.x));
-}
-
-function start() {
-  for (const [name, figure] of Object.entries(page.figures)) {
-    Plotly.newPlot(name, figure.data, figure.layout, config);
-    const on = (event, act) => document.getElementById(name).on(event, ({ points: [point] }) => {
-      const head = headAt(name, point);
-      if (head >= 0) act(head);
-    });
-    on("plotly_click", choose);
-    if (name === "mosaic") {
-      on("plotly_hover", tell);
-      on("plotly_unhover", () => tell(chosen));
-    }
+  page.texts.forEach((text) => Object.keys(text.maps).forEach((kind) => paint(text, kind, head)));
+  for (const { spots, panel } of page.figures.mosaic ?? []) {
+    panel.replaceChildren();
+    const [x, y, across, along] = spots.find((spot) => spot[5] === page.heads[head].name);
+    over(panel, "div", "ring mark", [x - across, y - along, 2 * across, 2 * along]).style.position = "absolute";
   }
-  document.getElementById("head").addEventListener("change", (event) => choose(Number(event.target.value)));
-  choose(chosen);
 }
 
-start();
+for (const [name, panels] of Object.entries(page.figures)) {
+  for (const one of panels) {
+    const hear = (head) => tell(head >= 0 ? head : chosen);
+    const find = (...place) => nearest(one.spots, ...place);
+    one.panel = watch(document.getElementById(name), one.box, find, name === "mosaic" ? hear : undefined);
+  }
+}
+page.texts.forEach((text, number) => Object.keys(text.maps).forEach((kind) => prepare(text, number, kind)));
+document.getElementById("head").addEventListener("change", (event) => choose(Number(event.target.value)));
+choose(chosen);

@@ -1,15 +1,12 @@
-"""report.html: one page per run that opens offline from a file, with Plotly inside it.
+"""report.html: one page per run that opens offline from a file, its pictures inside it.
 
-1. Maps (patterns, scores) are cut to the tokens drawn and packed: the cells at and below the diagonal, each a 16-bit
+1. Figures are those of the PNG files, as SVG (`picture`). Over them the page says values and follows clicks.
+2. Maps (patterns, scores) are cut to the tokens drawn and packed: the cells at and below the diagonal, each a 16-bit
    whole number of 1/32767 of the map's largest absolute value, in base64. A pattern so packed is off by less than
-   0.00002. The page unpacks a head's maps when the head is chosen.
-2. All other figures are those of the PNG files, by `plotly_figures`; page.js draws them.
+   0.00002. The page unpacks a head's maps when the head is chosen, and paints them behind their axes.
 3. Everything that comes from a text, a tokenizer or a model's name is data: escaped for HTML; inside the JSON with no
-   `<`, `>` or `&`, so that nothing in it ends the script element; in figures with nothing that Plotly reads as a tag.
-   A content security policy lets the page's own two scripts run, by their hashes, and lets it load nothing.
-
-Plotly, because one library draws heatmaps, scatters and intervals, all with values on hovering. CircuitsVis shows
-attention only, and a page of its own has no way to tie a pattern to a click in another figure.
+   `<`, `>` or `&`, so that nothing in it ends the script element. A content security policy lets the page's own script
+   run, by its hash, and lets it load nothing.
 """
 
 from __future__ import annotations
@@ -18,32 +15,38 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import cast
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 
-from common.attention.head import Head
 from common.heads.statistics import Floats
-from common.results.figures_heads import UNITS, Places, Row, map_panel, name_of, number, numbers, side_of
+from common.results.figures_heads import UNITS, Places, Row, drawn_cells, map_panel, name_of, number, numbers, side_of
 from common.results.files import jsonable
-from common.results.plotly_figures import Drawn, label, plotly
-from common.results.spec import Figure
+from common.results.picture import Picture, picture
+from common.results.spec import Figure, Heatmap, Scale
 
 FILE = "report.html"
 MOST_TEXTS = 24  # texts in one page
 MOST_PACKED = 8_000_000  # characters of packed maps in one page
 LONGEST_TOKEN = 16  # characters of a token on an axis; hovering shows more of it
+LONGEST_SAID = 60  # characters of a token where one hovers
 FULL = 32767
 MISSING = -32768
+COLOURS = 128  # steps of a map's colours: the eye tells no more apart
 HERE = Path(__file__).parent
 
 # Start of a figure's name -> heading and hint of its section. Figures of other names are not on the page: what they
 # show of a text, the page shows of every head.
 SECTIONS = {
+    "mosaic": ("Every head", "A square per head; darker: more prefix matching, the attention paid to the tokens after "
+               "earlier copies. Hover for its numbers; click for its patterns. A score says where a head looks, not "
+               "what it does with it."),
     "effects": ("Looking like induction, and doing it", "A mark per head: prefix matching against what the head does "
                 "to the logit of the token that comes again. Far to the right near 0: looks, does nothing."),
     "ablation": ("Without its induction heads", "How much worse the model predicts. Random heads of the same layers "
@@ -75,35 +78,63 @@ class TextMaps:
     figures: Sequence[Figure] = ()
 
 
-def induction_page(results: Row, said: Sequence[str], texts: Iterable[TextMaps], figures: Mapping[str, Figure]) -> str:
-    """The page of the first script: mosaic, patterns of every head on every text, what heads do.
-
-    `results`: as for results.json; `said`: sentences on the whole; `texts`: with maps of all heads, layer by layer;
-    `figures`: by name, `mosaic` among them; those that `SECTIONS` names are shown.
-    """
-    hint = (
-        "A square per head; darker: more prefix matching, the attention paid to the tokens after earlier copies. Hover "
-        "for its numbers; click for its patterns. A score says where a head looks, not what it does with it."
-    )
-    mosaic = _section("Every head", hint, ["mosaic"], '<table id="numbers"></table>')
-    strongest = max(results["heads"], key=lambda head: head["prefix_matching"] or 0.0)
-    chosen = str(results["induction_heads"][0]) if results["induction_heads"] else name_of(strongest)
-    return _page(results, "Induction heads of", [*map(_paragraph, said), mosaic], figures, chosen, texts)
-
-
-def qk_page(
-    results: Row, chosen: int, said: Sequence[str], texts: Iterable[TextMaps], figures: Mapping[str, Figure]
+def report(
+    results: Row, what: str, chosen: str, said: Sequence[str], texts: Iterable[TextMaps], figures: Mapping[str, Figure]
 ) -> str:
-    """The page of the second script: scores and pattern of every head of the layer, what they are made of, weights and
-    interventions. `chosen`: the head shown first; the rest as for `induction_page`, with the heads of the layer alone.
+    """The page: what was found, maps of every head on every text, and figures.
+
+    `results`: as for results.json; `what`: its title but for the model's name; `chosen`: the head shown first; `said`:
+    sentences on the whole; `texts`: with maps of all heads of `results`, in their order; `figures`: by name, those that
+    `SECTIONS` names are shown.
     """
-    head = str(Head.at(results["layer"], chosen))
-    return _page(results, f"Layer {results['layer']} of", [*map(_paragraph, said)], figures, head, texts)
+    results = jsonable(results)
+    heads, (shown, left_out) = results["heads"], affordable(texts, len(results["sequences"]))
+    panels: dict[str, object] = {}
+
+    def placed(key: str, figure: Figure) -> str:
+        made = picture(figure)
+        panels[key] = made.panels
+        return _framed(key, made, figure.title)
+
+    sections = {}
+    for start, (title, hint) in SECTIONS.items():
+        inside = [placed(_id(name), figure) for name, figure in figures.items() if name.split("_")[0] == start]
+        if inside:
+            beside = '<table id="numbers"></table>' if start == "mosaic" else ""
+            sections[start] = _section(title, hint, "".join(inside) + beside)
+    above = [*map(_paragraph, said), sections.pop("mosaic", "")]
+    maps = [_live_maps(text, one) for text, one in enumerate(shown)]
+    further = [
+        "".join(placed(f"text-{text}-figure-{place}", figure) for place, figure in enumerate(one.figures))
+        for text, one in enumerate(shown)
+    ]
+    on_texts = [_text_section(text, one, maps[text][0] + further[text]) for text, one in enumerate(shown)]
+    if left_out:
+        on_texts.append(_paragraph(f"{left_out} further texts are left out here; results.json has them.", "hint"))
+    data = {
+        "units": UNITS,
+        "heads": [{"name": name_of(head), "line": _line(head), "numbers": numbers(head)} for head in heads],
+        "chosen": [name_of(head) for head in heads].index(chosen),
+        "figures": panels,
+        "texts": [content for _, content in maps],
+    }
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    filled = {
+        "policy": policy([script]),
+        "title": html.escape(f"{what} {results['model']['name']}"),
+        "provenance": html.escape(_provenance(results)),
+        "body": "\n".join(
+            [*above, _chooser(heads), f'<div class="texts">{"".join(on_texts)}</div>', *sections.values()]
+        ),
+        "data": in_script(data),
+        "script": script,
+    }
+    return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(filled)
 
 
 def takes(name: str) -> bool:
     """Whether a figure of this name is shown on the page."""
-    return name.split("_")[0] in ("mosaic", *SECTIONS)
+    return name.split("_")[0] in SECTIONS
 
 
 def save(page: str, folder: Path) -> None:
@@ -156,41 +187,6 @@ def policy(scripts: Iterable[str]) -> str:
     return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
 
 
-def _page(
-    results: Row, what: str, above: Sequence[str], figures: Mapping[str, Figure], chosen: str,
-    texts: Iterable[TextMaps],
-) -> str:  # fmt: skip
-    from plotly.offline import get_plotlyjs  # 5 MB, read only where a page is written
-
-    results = cast(Row, jsonable(results))
-    heads, (shown, left_out) = results["heads"], affordable(texts, len(results["sequences"]))
-    parts = {start: [name for name in figures if name.split("_")[0] == start] for start in ("mosaic", *SECTIONS)}
-    below = [
-        _section(*SECTIONS[start], map(_id, names)) for start, names in parts.items() if start != "mosaic" and names
-    ]
-    drawn = {_id(name): plotly(figures[name]) for names in parts.values() for name in names}
-    drawn |= {key: plotly(figure) for key, _, figure in _further(shown)}
-    data = {
-        "units": UNITS,
-        "heads": [{"name": name_of(head), "layer": head["layer"], "head": head["head"], "line": _line(head),
-                   "numbers": numbers(head)} for head in heads],
-        "chosen": [name_of(head) for head in heads].index(chosen),
-        "figures": drawn,
-        "texts": [_text_data(one) for one in shown],
-    }  # fmt: skip
-    scripts = get_plotlyjs(), (HERE / "page.js").read_text(encoding="utf-8")
-    filled = {
-        "policy": policy(scripts),
-        "title": html.escape(f"{what} {results['model']['name']}"),
-        "provenance": html.escape(_provenance(results)),
-        "body": "\n".join([*above, _chooser(heads), _text_sections(shown, left_out), *below]),
-        "data": in_script(data),
-        "plotly": scripts[0],
-        "script": scripts[1],
-    }
-    return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(filled)
-
-
 def _provenance(results: Row) -> str:
     model, versions = results["model"], results["versions"]
     return (
@@ -207,38 +203,39 @@ def _line(head: Row) -> str:
     return f"Head {name_of(head)}: {kind}, prefix matching {number(head['prefix_matching'])}"
 
 
-def _text_data(one: TextMaps) -> dict[str, object]:
-    """A text for the script: its labels escaped for Plotly, cells counted in drawn places, maps packed, and for each
-    kind of map a figure that the script fills with the values of the head that is chosen."""
-    at = {place: index for index, place in enumerate(one.places)}
+def _live_maps(text: int, one: TextMaps) -> tuple[str, dict[str, object]]:
+    """The axes of a text's maps as HTML, and for the script the text: its tokens, its cells counted in drawn places,
+    and of each kind its packed maps and how to paint them."""
     tokens = [one.tokens[place] for place in one.places]
-    short = [token if len(token) <= LONGEST_TOKEN else token[: LONGEST_TOKEN - 1] + "…" for token in tokens]
-    cells = [(at[query], at[key]) for query, key in one.cells if query in at and key in at]
+    short = [_shortened(token, LONGEST_TOKEN) for token in tokens]
+    cells = drawn_cells(one.cells, one.places)
     side = max(4.8, side_of(len(tokens)))  # short texts larger than on paper: cells are hovered over
-    panels = {kind: map_panel(kind, maps[0], short, cells) for kind, maps in one.maps.items()}
-    return {
-        "labels": [label(token) for token in tokens],
-        "places": list(one.places),
-        "cells": cells,
-        "maps": {kind: pack(maps) for kind, maps in one.maps.items()},
-        "figures": {kind: _empty(Figure(kind, [[panel]], side + 0.4, side)) for kind, panel in panels.items()},
-    }
+    frames, kinds = [], {}
+    for kind, maps in one.maps.items():
+        panel = map_panel(kind, maps[0], short, cells)
+        heatmap = cast(Heatmap, panel.elements[0])
+        # The script paints behind the axes, and writes its numbers where the colour bar's label has an empty line.
+        scale = replace(heatmap.scale, label=f"\n{heatmap.scale.label}")
+        blank = replace(heatmap, values=np.full_like(heatmap.values, np.nan), scale=scale)
+        figure = Figure("", [[replace(panel, elements=[blank, *panel.elements[1:]])]], side + 0.4, side)
+        made = picture(figure, numbered=False)
+        bos = heatmap.bos or scale
+        kinds[kind] = {**pack(maps), "box": made.panels[0]["box"], "bar": made.bars[0], "signed": scale.low < 0,
+                       "colours": _colours(scale), "bos": _colours(bos)}  # fmt: skip
+        frames.append(f"<figure><figcaption></figcaption>{_framed(f'text-{text}-{kind}', made, kind)}</figure>")
+    said = [_shortened(token, LONGEST_SAID) for token in tokens]
+    return "".join(frames), {"labels": said, "places": list(one.places), "cells": cells, "maps": kinds}
 
 
-def _empty(figure: Figure) -> Drawn:
-    """A figure of maps without their values, which the script unpacks."""
-    drawn = plotly(figure)
-    return {"data": [{**trace, "z": [], "hovertext": []} for trace in drawn["data"]], "layout": drawn["layout"]}
-
-
-def _further(texts: Sequence[TextMaps]) -> Iterator[tuple[str, int, Figure]]:
-    """Each text's further figures: the id of its element, the number of the text, the figure."""
-    for text, one in enumerate(texts):
-        for place, figure in enumerate(one.figures):
-            yield f"text-{text}-figure-{place}", text, figure
+def _colours(scale: Scale) -> list[str]:
+    return [to_hex(colour) for colour in colormaps[scale.colours](np.linspace(0.0, 1.0, COLOURS))]
 
 
 # --- HTML; what is not written here is escaped here ---
+
+
+def _shortened(token: str, most: int) -> str:
+    return token if len(token) <= most else token[: most - 1] + "…"
 
 
 def _id(name: str) -> str:
@@ -250,10 +247,17 @@ def _paragraph(text: str, css: str = "") -> str:
     return f"<p{css and f' class={css}'}>{html.escape(text)}</p>"
 
 
-def _section(title: str, hint: str, figures: Iterable[str], beside: str = "") -> str:
-    inside = "".join(f'<div class="figure" id="{html.escape(figure)}"></div>' for figure in figures)
-    shown = f'<div class="side">{inside}{beside}</div>'
-    return f"<section><h2>{html.escape(title)}</h2>{_paragraph(hint, 'hint')}{shown}</section>"
+def _section(title: str, hint: str, inside: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>{_paragraph(hint, 'hint')}{_div('side', inside)}</section>"
+
+
+def _framed(key: str, made: Picture, title: str) -> str:
+    image = f'<img src="{made.image}" alt="{html.escape(title)}">'
+    return _div("figure", f'<div class="drawn" id="{html.escape(key)}" style="width:{made.width}px">{image}</div>')
+
+
+def _div(css: str, *inside: str) -> str:
+    return f'<div class="{css}">{"".join(inside)}</div>'
 
 
 def _chooser(heads: Sequence[Row]) -> str:
@@ -267,18 +271,11 @@ def _chooser(heads: Sequence[Row]) -> str:
     )
 
 
-def _text_sections(texts: Sequence[TextMaps], left_out: int) -> str:
-    sections = []
-    for text, one in enumerate(texts):
-        ids = [f"text-{text}-{kind}" for kind in one.maps] + [key for key, of, _ in _further(texts) if of == text]
-        inside = "".join(f'<div class="figure" id="{key}"></div>' for key in ids)
-        sections.append(
-            f'<section class="text"><h3>Text {text + 1}</h3>{_tokens(one)}{_paragraph(one.said)}'
-            f'{_cut(one)}<div class="side">{inside}</div></section>'
-        )
-    if left_out:
-        sections.append(_paragraph(f"{left_out} further texts are left out here; results.json has them.", "hint"))
-    return f'<div class="texts">{"".join(sections)}</div>'
+def _text_section(text: int, one: TextMaps, inside: str) -> str:
+    return (
+        f'<section class="text"><h3>Text {text + 1}</h3>{_tokens(one)}{_paragraph(one.said)}'
+        f"{_cut(one)}{_div('side', inside)}</section>"
+    )
 
 
 def _tokens(one: TextMaps) -> str:

@@ -44,6 +44,11 @@ GRID = 16  # heads drawn side by side; of a layer with more, those with the high
 DISTANCES = (1, 4, 16)  # between query and key, where the weights' score depends on it
 KEPT = 64_000_000  # bytes of maps kept for figures and export; texts beyond are run again when they are drawn
 PART_METRICS = 4  # of each part that is replaced: prefix matching and three losses
+REMOVAL = (
+    "Without {source} in its key, the score advantage changes by {measured:+.4f}, where the decomposition predicts "
+    "{predicted:+.4f} (off by {relative_error:.0e} of it); the score by {score_measured:+.4f}, predicted "
+    "{score_predicted:+.4f}."
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -155,10 +160,11 @@ class QKAnalysis(Analysis):
         """The self-check, and the composed pair where there is one."""
         said = [tables.check_sentence(self.max_abs_error)] if self.texts else []
         if self.composition and self.pair:
-            found, at = self.composition, (self.composition.senders.index(self.pair[0]), self.pair[1].head)
+            found, (writes, reads) = self.composition, self.pair
+            at = found.senders.index(writes), reads.head
             score, baseline, z = (float(of["K"][at]) for of in (found.scores, found.baseline, found.z))
-            writes, reads = map(str, self.pair)
-            said.append(tables.composition_sentence(writes, reads, score, baseline, z, found.limit))
+            chance = f"{baseline:.3f} by chance, z = {z:.1f} (above {found.limit:.1f} counts)"
+            said.append(f"K-composition {writes} → {reads}: {score:.3f}, {chance}")
         return said
 
     def decomposed(self) -> Iterator[tuple[str, Decomposition, str | None]]:
@@ -166,9 +172,12 @@ class QKAnalysis(Analysis):
         if text := self.richest:
             for head, one in text.split.items():
                 if isinstance(one, Decomposition):
-                    name = str(Head.at(self.chosen.layer, head))
-                    said = tables.advantage_sentence(name, text.number, len(one.cells), one.kind, one.score_advantage)
-                    yield said, one, tables.removal_sentence(text.removal.get(head))
+                    said = (
+                        f"Head {Head.at(self.chosen.layer, head)} on {len(one.cells)} {one.kind} of text {text.number}:"
+                        f" score advantage {one.score_advantage:.2f} over the other tokens in sight, made of"
+                    )
+                    removed = text.removal.get(head)
+                    yield said, one, REMOVAL.format(**removed) if removed and "predicted" in removed else None
 
     def summary(self) -> Iterable[str]:
         yield f"QKAnalysis of {self.model.name}, layer {self.chosen.layer}: {self.chosen.reason}"
@@ -204,11 +213,12 @@ class QKAnalysis(Analysis):
         return [f"{stem}_{text.number:02d}" for stem in stems]
 
     def specified(self, names: Sequence[str]) -> Iterator[tuple[str, Figure]]:
-        return _figures(self, names)
+        return ((name, figure) for name, figure in _figures(self, names) if name in names)
 
     def page(self) -> str:
         shown = dict(self.specified([name for name in self.figures if page.takes(name)]))
-        return page.qk_page(self.as_json(), self.chosen.leading, self.checks(), _maps_on_page(self), shown)
+        title, said = f"Layer {self.chosen.layer} of", self.checks()
+        return page.report(self.as_json(), title, self.leading, said, _maps_on_page(self), shown)
 
     def interaction(self, text: LayerOnText) -> Interaction:
         """Queries, keys, scores and patterns of every head of the layer on one text."""
@@ -240,7 +250,7 @@ class QKAnalysis(Analysis):
             "decomposition": [record for text in self.texts for record in text.records(self.chosen.layer)],
             "composition": self.composition.record(self.pair) if self.composition and self.pair else None,
             "directions": directions,
-            "interventions": self.effects,
+            "interventions": [{**one, "head": one["heads"][0]} for one in self.effects],  # each is made on one head
             "experiments": self.experiments.about() if self.experiments else None,
         }
 
@@ -395,25 +405,18 @@ def _intervene(
 
 
 def _figures(found: QKAnalysis, names: Sequence[str]) -> Iterator[tuple[str, Figure]]:
-    """What the figures of these names show. Those of one text are made together: its maps are the costly part."""
+    """Figures, those of these names among them. Those of one text are made together: its maps are the costly part."""
     model, grid = found.model, found.chosen.grid
     for text in found.texts:
         if not set(names).isdisjoint(found.figures_of(text)):
             met, title = found.interaction(text), f"{model.name}, text {text.number}: {shortened(text.text)}"
-            yield from _named(
-                names,
-                figures_circuits.text_figures(met, text.split, grid, text.tokens, text.cells, title, text.number),
-            )
+            drawn = met, text.split, grid, text.tokens, text.cells, title, text.number
+            yield from figures_circuits.text_figures(*drawn).items()
     if found.circuits and (richest := found.richest):
         title, strings = f"{model.name}, tokens of: {shortened(richest.text)}", model.strings(found.circuits.tokens)
-        drawn = found.circuits, found.composition, found.pair
-        yield from _named(names, figures_circuits.weight_figures(*drawn, strings, len(richest.tokens), title))
-    measured = [dict(one) for one in found.effects]
-    yield from _named(names, figures_circuits.intervention_figures(measured, model.name))
-
-
-def _named(names: Sequence[str], made: Mapping[str, Figure]) -> Iterator[tuple[str, Figure]]:
-    return ((name, figure) for name, figure in made.items() if name in names)
+        weights = found.circuits, found.composition, found.pair, strings, len(richest.tokens), title
+        yield from figures_circuits.weight_figures(*weights).items()
+    yield from figures_circuits.intervention_figures([dict(one) for one in found.effects], model.name).items()
 
 
 def _maps_on_page(found: QKAnalysis) -> Iterator[page.TextMaps]:

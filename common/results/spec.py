@@ -1,6 +1,6 @@
 """What a figure shows, complete and without a backend.
 
-`figures_heads` and `figures_circuits` decide it; `draw` (matplotlib, PNG) and `plotly_figures` (report.html) show it.
+`figures_heads` and `figures_circuits` decide it; `draw` (matplotlib) shows it in files, notebooks and report.html.
 Colours are names that matplotlib knows: "#D55E00", or "0.45" for a grey. A text may have several lines.
 """
 
@@ -52,8 +52,8 @@ class Heatmap:
     """A matrix [row, column], the first row on top; NaN stays blank.
 
     `texts` are written into cells ("" for none), in bold where `bold`; `hover` says what a cell is (by default its row,
-    column and value); all [row, column]. `bos`: the scale of the first column, where it has one of its own. `gaps`:
-    white lines between cells.
+    column and value); `heads`: the head a cell stands for; all [row, column]. `bos`: the scale of the first column,
+    where it has one of its own. `gaps`: white lines between cells.
     """
 
     values: Floats
@@ -62,6 +62,7 @@ class Heatmap:
     texts: NDArray[np.str_] | None = None
     bold: NDArray[np.bool_] | None = None
     hover: NDArray[np.object_] | None = None
+    heads: NDArray[np.object_] | None = None
     bos: Scale | None = None
     gaps: bool = False
 

@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 
 from common.attention.head import Head
 from common.heads.statistics import Floats
-from common.heads.texts import FEW
 from common.heads.tokens import BUDGET
 
 if TYPE_CHECKING:
-    from common.heads.survey import Survey
     from common.interventions.ablation import Ablation
     from common.interventions.effects import PathEffect
 
@@ -39,12 +37,6 @@ PARTS_REPLACED = {
     "knockout": "induction cells knocked out",
     "mean": "whole head, its mean",
 }
-
-REMOVAL = (
-    "Without {source} in its key, the score advantage changes by {measured:+.4f}, where the decomposition predicts "
-    "{predicted:+.4f} (off by {relative_error:.0e} of it); the score by {score_measured:+.4f}, predicted "
-    "{score_predicted:+.4f}."
-)
 
 Interval = tuple[float | None, float | None]
 Made = TypeVar("Made")
@@ -105,6 +97,14 @@ class HeadRow(Screenful):
         """`5.1`"""
         return str(Head.at(self.layer, self.head))
 
+    def flat(self) -> dict[str, object]:
+        """As a table holds it: an interval takes two columns, `_low` and `_high`."""
+        found: dict[str, object] = {}
+        for key, value in asdict(self).items():
+            what = key.removesuffix("_interval")
+            found |= {key: value} if what == key else {f"{what}_low": value[0], f"{what}_high": value[1]}
+        return found
+
     def summary(self) -> Iterable[str]:
         yield (
             f"head {self.name}: {self.verdict} (confidence {self.confidence:.2f}), prefix matching "
@@ -145,17 +145,6 @@ def pairs(low: Floats, high: Floats) -> Floats:
     return np.stack([low, high], axis=-1)
 
 
-def flat(row: HeadRow) -> dict[str, object]:
-    """A head as a table holds it: an interval takes two columns, `_low` and `_high`."""
-    found: dict[str, object] = {}
-    for key, value in asdict(row).items():
-        if key.endswith("_interval"):
-            found |= dict(zip((f"{key[:-9]}_low", f"{key[:-9]}_high"), value, strict=True))
-        else:
-            found[key] = value
-    return found
-
-
 def shortened(text: str, most: int = 70) -> str:
     """A text on one line, at most `most` characters of it, for a title."""
     line = " ".join(text.split())
@@ -173,19 +162,13 @@ def with_sign(value: float | None) -> str:
 def head_lines(heads: Sequence[HeadRow]) -> list[list[str]]:
     """Lines for the terminal: the heads that attend to their targets, highest score first."""
     shown = sorted((head for head in heads if head.verdict in ON_TARGETS), key=lambda head: -head.prefix_matching)
-    return [
-        [
-            head.name,
-            f"{head.verdict} {head.confidence:.2f}",
-            f"{head.prefix_matching:.2f}",
-            f"{head.threshold:.2f}",
-            with_sign(head.total_effect),
-            with_sign(head.direct_effect),
-            with_sign(head.copying),
-            " ".join(f"{100 * getattr(head, f'budget_{part}'):3.0f}" for part in BUDGET),
-        ]
-        for head in shown[:MOST_PRINTED]
-    ]
+    lines = []
+    for head in shown[:MOST_PRINTED]:
+        effects = map(with_sign, (head.total_effect, head.direct_effect, head.copying))
+        paid = " ".join(f"{100 * getattr(head, f'budget_{part}'):3.0f}" for part in BUDGET)
+        scores = f"{head.prefix_matching:.2f}", f"{head.threshold:.2f}"
+        lines.append([head.name, f"{head.verdict} {head.confidence:.2f}", *scores, *effects, paid])
+    return lines
 
 
 def verdict_sentence(heads: Sequence[HeadRow], ablation: Ablation | None) -> str:
@@ -229,56 +212,12 @@ def other_heads(heads: Sequence[HeadRow]) -> str:
     return f"Other heads: {'; '.join(parts)}."
 
 
-def text_sentence(number: int, queries: int, at_work: Sequence[tuple[str, float]]) -> str:
-    """Whether induction is at work in a text, and on how many `queries` with a target that rests.
-
-    `at_work`: the induction heads whose prefix matching on the text reaches their threshold there, with their score.
-    """
-    if not queries:  # not "no induction": there was nothing to do
-        return f"Text {number}: no token comes again, so there is nothing for induction to do."
-    rests_on = f"{queries} {'query' if queries == 1 else 'queries'} with a target"
-    rests_on += ", which is few" if queries < FEW else ""
-    if not at_work:
-        return f"Text {number}: no induction head is at work ({rests_on})."
-    named = ", ".join(f"{head} ({score:.2f})" for head, score in at_work[:6])
-    return f"Text {number}: induction is at work: {named}; {rests_on}."
-
-
-def unsure(measured: Survey) -> str | None:
-    """A sentence on the verdicts that more rows could change, if there are any."""
-    if measured.settled:
-        return None
-    found = measured.found
-    places = sorted(map(tuple, np.argwhere(found.confidence < measured.sure)), key=lambda at: found.confidence[at])
-    named = ", ".join(f"{Head.at(*at)} {found.verdict[at]} ({found.confidence[at]:.3f})" for at in places[:6])
-    return f"Not certain after {measured.rows} rows: {named}{' …' if len(places) > 6 else ''}"
-
-
 # --- queries and keys of a layer ---
-
-
-def advantage_sentence(head: str, text: int, cells: int, cells_are: str, advantage: float) -> str:
-    """Which cells were decomposed, and how far their scores lie above those of the other tokens in sight."""
-    return (
-        f"Head {head} on {cells} {cells_are} of text {text}: score advantage {advantage:.2f} over the other tokens in "
-        "sight, made of"
-    )
 
 
 def check_sentence(max_abs_error: float) -> str:
     """The self-check of the maps."""
     return f"Our scores reproduce the model's: largest error {max_abs_error:.1e}"
-
-
-def composition_sentence(writes: str, reads: str, score: float, baseline: float, z: float, limit: float) -> str:
-    """The strongest pair of a previous-token head and an induction head that reads it, by their weights."""
-    chance = f"{baseline:.3f} by chance, z = {z:.1f} (above {limit:.1f} counts)"
-    return f"K-composition {writes} → {reads}: {score:.3f}, {chance}"
-
-
-def removal_sentence(removal: Mapping[str, object] | None) -> str | None:
-    """What a decomposition predicts of its score without the strongest key source, beside what was measured."""
-    return REMOVAL.format(**removal) if removal and "predicted" in removal else None
 
 
 def part_lines(effects: Sequence[PathEffect], head: str) -> list[list[str]]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
 
+from common.attention.head import Head
 from common.circuits.composition import WAYS, Composition
 from common.circuits.decomposition import Decomposition
 from common.circuits.maps import Check, Interaction, Rules
@@ -16,6 +17,7 @@ from common.results.draw import draw
 
 TOKENS = ["BOS", "a", "·b", "c", "a", "·b"]
 CELLS = [(4, 2), (5, 3)]
+PAIR = Head.at(0, 1), Head.at(1, 0)
 
 
 def masked_scores(seed: int = 0, pos: int = 6) -> np.ndarray:
@@ -148,12 +150,12 @@ def test_small_sources_are_added_up_and_the_sum_stays():
 def composition(senders: int = 3) -> Composition:
     z = {way: np.zeros((senders, 2)) for way in "QKV"}
     z["K"][1, 0] = 20.0
-    pairs = tuple((0, head) for head in range(senders))
+    pairs = tuple(Head.at(0, head) for head in range(senders))
     return Composition(1, pairs, z, z, z, 3.0)
 
 
 def test_composition_frames_the_pair_under_k_and_prints_bold_what_counts():
-    drawn = draw(figures_circuits.composition_figure(composition(), ((0, 1), 0), "title"))
+    drawn = draw(figures_circuits.composition_figure(composition(), PAIR, "title"))
     panels = drawn.axes[:3]
     assert [axes.get_title()[0] for axes in panels] == list(WAYS) == list(figures_circuits.WAY_TITLES)
     assert [outlines(axes) for axes in panels] == [[], [(-0.5, 0.5)], []]
@@ -164,7 +166,7 @@ def test_composition_frames_the_pair_under_k_and_prints_bold_what_counts():
 
 
 def test_of_many_earlier_heads_those_that_compose_most_are_shown():
-    drawn = draw(figures_circuits.composition_figure(composition(100), ((0, 1), 0), "title"))
+    drawn = draw(figures_circuits.composition_figure(composition(100), PAIR, "title"))
     labels = labels_of(drawn.axes[1], "y")
     assert len(labels) == figures_circuits.MOST_WRITERS and "0.1" in labels
     assert outlines(drawn.axes[1]) == [(-0.5, labels.index("0.1") - 0.5)]
@@ -173,7 +175,7 @@ def test_of_many_earlier_heads_those_that_compose_most_are_shown():
 
 def circuits(by_distance: dict[int, np.ndarray], position: np.ndarray | None) -> HeadCircuits:
     directions = [Direction(0.5, np.arange(3.0), -np.arange(3.0))] * 2
-    return HeadCircuits((1, 0), np.arange(3), by_distance, (0, 1), np.eye(3), position, directions)
+    return HeadCircuits(Head.at(1, 0), np.arange(3), by_distance, Head.at(0, 1), np.eye(3), position, directions)
 
 
 def test_circuits_have_a_panel_each_and_name_the_distance():
@@ -195,7 +197,7 @@ def test_circuits_have_a_panel_each_and_name_the_distance():
 
 def test_weights_give_circuits_and_where_there_are_earlier_heads_composition():
     found, labels = circuits({0: np.eye(3)}, None), ["BOS", "a", "b"]
-    both = figures_circuits.weight_figures(found, composition(), ((0, 1), 0), labels, 6, "mini, tokens of: a b")
+    both = figures_circuits.weight_figures(found, composition(), PAIR, labels, 6, "mini, tokens of: a b")
     assert list(both) == ["circuits_1.0", "composition"]
     assert "head 1.0: mini" in both["circuits_1.0"].title and "mini" in both["composition"].title
     assert list(figures_circuits.weight_figures(found, None, None, labels, 6, "mini")) == ["circuits_1.0"]
@@ -206,7 +208,7 @@ def test_weights_give_circuits_and_where_there_are_earlier_heads_composition():
 
 def part(kind: str, metric: str, size: float, control: float | None = 0.0, which: str = "1.0") -> dict:
     beside = None if control is None else {"effect": control, "interval": [control - 0.1, control + 0.1]}
-    return {"name": kind, "head": which, "metric": metric, "effect": size, "interval": [size - 0.2, size + 0.2],
+    return {"name": kind, "heads": [which], "metric": metric, "effect": size, "interval": [size - 0.2, size + 0.2],
             "control": beside, "clean": 0.9}  # fmt: skip
 
 
@@ -289,7 +291,7 @@ def test_of_many_senders_those_that_matter_are_drawn_in_their_order():
 
 
 def test_every_head_has_a_picture_of_its_parts_and_the_receiver_one_of_paths():
-    parts = [one | {"head": head} for head in ("1.0", "1.3") for one in PARTS]
+    parts = [one | {"heads": [head]} for head in ("1.0", "1.3") for one in PARTS]
     paths = [path("0.1", which, metric, 0.1) for which in PATHS for metric in figures_circuits.PATH_TITLES]
     figures = figures_circuits.intervention_figures(parts + paths, "mini")
     assert list(figures) == ["parts_1.0", "parts_1.3", "paths_1.0"]

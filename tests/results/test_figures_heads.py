@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
 
+from common.attention.head import Head
 from common.heads.detection import Detection, by_score
 from common.heads.labels import Labels
 from common.heads.tokens import BUDGET
@@ -93,7 +94,7 @@ def test_budget_bars_are_the_shares_and_fill_the_line(found):
 
 
 def test_the_chosen_point_is_marked_on_precision_and_recall(found):
-    labels = Labels(frozenset({(0, 1), (1, 0)}), "by hand")
+    labels = Labels(frozenset({Head.at(0, 1), Head.at(1, 0)}), "by hand")
     figure = figures_heads.precision_recall_figure(found, labels, "title")
     drawn = draw(figure)
     place = [text.startswith("this run's verdicts") for text in legend_texts(drawn)].index(True)
@@ -237,8 +238,8 @@ def test_names_stand_away_from_the_nearest_mark():
 
 def effect(which: str, kind: str, metric: str, size: float, control: float | None) -> dict:
     beside = None if control is None else {"effect": control, "interval": [control - 0.1, control + 0.1]}
-    return {"name": kind, "head": which, "metric": metric, "effect": size, "interval": [size - 0.2, size + 0.2],
-            "control": beside}  # fmt: skip
+    return {"name": kind, "heads": which.split(), "metric": metric, "effect": size,
+            "interval": [size - 0.2, size + 0.2], "control": beside}  # fmt: skip
 
 
 ABLATED = [

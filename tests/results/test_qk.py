@@ -97,7 +97,9 @@ def test_an_interrupted_analysis_names_what_is_missing_and_goes_on(random_gpt2, 
     assert half.missing and half.effects
     whole = analyse_qk(random_gpt2, "a b c a b c", **options, earlier=json.loads(json.dumps(half.as_json())))
     assert whole.missing == () and len(whole.effects) > len(half.effects)
-    schemas.check("qk", json.loads(json.dumps(whole.as_json())))
+    content = json.loads(json.dumps(whole.as_json()))
+    schemas.check("qk", content)
+    assert all(one["heads"] == [one["head"]] for one in content["interventions"])
     fits_a_screen(whole)
 
 
