@@ -27,7 +27,9 @@ from common.attention.head import Head
 from common.circuits.maps import Bools, Interaction, Rules, largest_allowed
 from common.heads.statistics import Floats, Ints
 from common.loading.families import UNCHANGED, Norm, plain
-from common.loading.model import Model
+
+if TYPE_CHECKING:
+    from common.loading.model import Model
 
 SUM_ERRORS = 1e-4, 5e-2  # largest relative error of a sum: in float32; in 16 bits, which round after every layer
 FALLBACK_CELLS = 3  # cells decomposed on a row that has no induction cell

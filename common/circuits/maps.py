@@ -20,19 +20,17 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 from einops import einsum
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from common import UserError
 from common.attention.head import Head
-from common.heads.statistics import Floats, Ints
+from common.heads.statistics import Bools, Floats, Ints
 from common.loading.families import plain
 
 if TYPE_CHECKING:
     from common.attention.call import Call, Edit
     from common.loading.model import Model
 
-Bools = NDArray[np.bool_]
 
 SCORE_ERRORS = 1e-4, 2e-2  # largest error of a score or pattern: in float32, and in float16 or bfloat16
 ROUNDINGS = 8  # roundings of its own precision that the model may make in a sum of products, where that is more

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from common.attention.head import Head
-from common.heads.statistics import Floats, RowSums, bootstrap_weights, percentile_interval, resampled_mean
+from common.heads.statistics import Bools, Floats, RowSums, bootstrap_weights, percentile_interval, resampled_mean
 
 LEAST_DEVIATIONS = 1.0
 LEAST_LIFT = 0.05  # a smaller lift over the control can be real and is negligible
@@ -36,7 +36,6 @@ LEAST_EFFECT = 0.05  # nats; a smaller effect on the logit is negligible too
 FALSE_POSITIVES = 0.01  # chance that a model without induction has a head that passes
 MOST = 0.5  # "most of its attention"
 
-Bools = NDArray[np.bool_]
 Sums = Mapping[str, RowSums]  # per head type and part of the budget, [rows, layers, heads]
 
 VERDICTS = ("none", "first-token", "previous-token", "duplicate-token", "attends-only", "suppression", "induction")

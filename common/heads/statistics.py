@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
 RESAMPLES = 1000  # puts the ends of a normal interval within about 2 % of its width
 LEVEL = 0.95  # of every interval

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from common.heads.detection import Detection
     from common.loading.model import Model
 
-ROWS = 16
-FIRST_ROW = 2_000_000  # neither detection nor causal labels draw from here on
+ABLATION_ROWS = 16
+ABLATED_FROM = 2_000_000  # neither detection nor causal labels draw from here on
 MOST_SINGLE = 8  # heads taken one by one, strongest first
 MOST_GREEDY = 4
 GREEDY = "the greedy order"
@@ -65,7 +65,7 @@ class AblationPlan(Experiment):
     """What `ablate` will do for the induction heads that were `found`: single heads, and the set of all."""
 
     def __init__(self, model: Model, found: Detection, *, seed: int, batch_size: int):
-        super().__init__(model, found, rows=ROWS, first=FIRST_ROW, seed=seed, batch_size=batch_size)
+        super().__init__(model, found, rows=ABLATION_ROWS, first=ABLATED_FROM, seed=seed, batch_size=batch_size)
         heads = found.ranked()
         self.settings["heads"] = names(heads)
         self.singles = heads[:MOST_SINGLE]

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from common.loading.model import Model
 
 LEAST = 0.05  # nats; the size that counts as an effect in the project's facts on SmolLM2-135M
-ROWS = 32
-FIRST_ROW = 1_000_000  # detection draws rows from 0 on, from the same seed
+LABEL_ROWS = 32
+LABEL_FROM = 1_000_000  # detection draws rows from 0 on, from the same seed
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def measure_causal_effects(
     Raises UserError for a model whose head outputs do not reach its logits directly: `direct` cannot be measured there.
     """
     length = min(ROW_LENGTH, model.context)
-    drawn = battery(model.ordinary(), model.bos, rows=ROWS, length=length, seed=seed, first=FIRST_ROW).repeats
+    drawn = battery(model.ordinary(), model.bos, rows=LABEL_ROWS, length=length, seed=seed, first=LABEL_FROM).repeats
     predictions = Predictions.of(drawn.tokens, continuing(drawn))
-    with progress("causal labels, direct effects", ROWS) as advance:
+    with progress("causal labels, direct effects", LABEL_ROWS) as advance:
         direct = exact_direct_effect(model, drawn, predictions, batch_size=batch_size, advance=advance)
     runner = Runner(model, drawn.tokens, predictions, batch_size=batch_size)
     clean, needed = runner.log_probs(None), np.zeros(direct.shape)
@@ -96,8 +96,8 @@ def measure_causal_effects(
     with progress("causal labels, heads", len(each)) as advance:
         for intervention, found in sweep(runner, each, advance=advance):
             (head,) = intervention.heads
-            needed[:, head.layer, head.head] = mean_per_row(clean - found, predictions.row, ROWS)
-    how = f"{ROWS} rows of {drawn.tokens.shape[1]} tokens, seed {seed}, at least {LEAST} nats"
+            needed[:, head.layer, head.head] = mean_per_row(clean - found, predictions.row, LABEL_ROWS)
+    how = f"{LABEL_ROWS} rows of {drawn.tokens.shape[1]} tokens, seed {seed}, at least {LEAST} nats"
     return CausalEffects(needed, direct, f"causal: attention knockout of the targets, {how}")
 
 

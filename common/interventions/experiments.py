@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from common.heads.detection import Detection
     from common.loading.model import Model
 
-ROWS = 16
-FIRST_ROW = 3_000_000  # ablations draw from 2,000,000 on
+EXPERIMENT_ROWS = 16
+EXPERIMENT_FROM = 3_000_000  # ablations draw from 2,000,000 on
 REPLACEMENTS = ("uniform", "pattern", "query", "key", "values", "knockout", "mean")
 THROUGH = " through MLPs"
 PATHS = {f"path to {word}{way}": (part, bool(way)) for way in ("", THROUGH) for part, word in INPUTS.items()}
@@ -73,14 +73,14 @@ class ExperimentPlan(Experiment):
     def __init__(
         self, model: Model, heads: Sequence[Head], receiver: Head, found: Detection, *, seed: int, batch_size: int
     ):
-        super().__init__(model, found, rows=ROWS, first=FIRST_ROW, seed=seed, batch_size=batch_size)
+        super().__init__(model, found, rows=EXPERIMENT_ROWS, first=EXPERIMENT_FROM, seed=seed, batch_size=batch_size)
         self.receiver = receiver
         self.clean = Recordings(model, self.drawn.repeats.tokens, batch_size=batch_size)
         self.senders = [Head.at(*place) for place in np.ndindex(receiver.layer, model.n_heads)]
         self.units: list[tuple[str, Head]] = [(kind, head) for head in heads for kind in REPLACEMENTS]
         self.runs = len(self.units) * (1 + CONTROLS) + len(self.senders) * (1 + len(PATHS))
         self.units += [(which, receiver) for which in (WHOLE, *PATHS) if self.senders]
-        others = Recordings(model, self.drawn.controls.tokens[donor_rows(ROWS, seed)], batch_size=batch_size)
+        others = Recordings(model, self.drawn.controls.tokens[donor_rows(EXPERIMENT_ROWS, seed)], batch_size=batch_size)
         self.replacements: dict[str, Intervene] = {
             "uniform": edits.uniform,
             "pattern": partial(edits.pattern_from, source=others),

@@ -31,7 +31,7 @@ def plan_of(model, heads=FOUND, seed=0) -> AblationPlan:
 def few_rows():
     """Sixteen rows show no more here than four."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablation, "ROWS", 4)
+        patch.setattr(ablation, "ABLATION_ROWS", 4)
         yield
 
 
@@ -58,7 +58,7 @@ def test_heads_are_taken_one_by_one_and_together_by_both_ways(done):
 def rows(random_gpt2, few_rows):
     """What the plan draws, drawn here again."""
     return battery(
-        random_gpt2.ordinary(), random_gpt2.bos, rows=4, length=random_gpt2.context, seed=0, first=ablation.FIRST_ROW
+        random_gpt2.ordinary(), random_gpt2.bos, rows=4, length=random_gpt2.context, seed=0, first=ablation.ABLATED_FROM
     )
 
 

@@ -180,7 +180,7 @@ def test_each_head_is_judged_by_its_own_rows():
 
 
 def test_both_effects_by_hand(random_gpt2, monkeypatch):
-    monkeypatch.setattr(causal_labels, "ROWS", 3)
+    monkeypatch.setattr(causal_labels, "LABEL_ROWS", 3)
     told: dict[str, list[int]] = {}
 
     @contextmanager
@@ -192,7 +192,7 @@ def test_both_effects_by_hand(random_gpt2, monkeypatch):
         "causal labels, direct effects: 3": 3, "causal labels, heads: 12": 12,
     }  # fmt: skip
     batch = causal_labels.battery(
-        random_gpt2.ordinary(), random_gpt2.bos, rows=3, length=64, seed=4, first=causal_labels.FIRST_ROW
+        random_gpt2.ordinary(), random_gpt2.bos, rows=3, length=64, seed=4, first=causal_labels.LABEL_FROM
     ).repeats
     direct = exact_direct_effect(random_gpt2, batch, predictions_of(batch))
     assert found.direct == pytest.approx(direct, abs=1e-5)

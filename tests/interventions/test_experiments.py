@@ -68,13 +68,13 @@ def built(hand_built) -> Model:
 @pytest.fixture(scope="module")
 def done(built) -> experiments.Experiments:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "ROWS", 8)  # by construction the heads do the same in every row
+        patch.setattr(experiments, "EXPERIMENT_ROWS", 8)  # by construction the heads do the same in every row
         return run_experiments(plan_of(built, INDUCTION, DECOY, attending=[INDUCTION, DECOY]))
 
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    monkeypatch.setattr(experiments, "ROWS", 4)
+    monkeypatch.setattr(experiments, "EXPERIMENT_ROWS", 4)
 
 
 # --- by construction ---
@@ -184,7 +184,7 @@ def test_effects_are_those_of_the_losses_and_the_pattern(random_gpt2, few_rows, 
     head, plan = Head.at(1, 2), plan_of(random_gpt2, Head.at(1, 2))
     drawn = battery(
         random_gpt2.ordinary(), random_gpt2.bos, rows=4, length=random_gpt2.context, seed=0,
-        first=experiments.FIRST_ROW,
+        first=experiments.EXPERIMENT_FROM,
     )  # fmt: skip
     batch = drawn.repeats
     others = Recordings(random_gpt2, drawn.controls.tokens[donor_rows(4, 0)])
