@@ -14,14 +14,14 @@ from benchmarks.detection import Agreement, Decision, Judged, Subject
 from common.attention.head import Head
 from common.heads import metrics, scores
 from common.heads.labels import Labels
-from common.loading import models
+from common.loading import load
 from tests import handbuilt
 
 
 @pytest.fixture(scope="module")
 def paper_case(tmp_path_factory, tokenizer):
     built = handbuilt.paper_case(vocabulary=len(tokenizer))
-    return models.load(str(handbuilt.save(built, tmp_path_factory.mktemp("paper-case"), tokenizer)))
+    return load(str(handbuilt.save(built, tmp_path_factory.mktemp("paper-case"), tokenizer)))
 
 
 @pytest.mark.parametrize("seed", range(20))

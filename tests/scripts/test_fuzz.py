@@ -27,7 +27,7 @@ import induction_head_detection as detection
 import qk_circuit_analysis as analysis
 from common import UserError, cli
 from common.heads import labels, texts, tokens
-from common.loading import escapes, models
+from common.loading import escapes, find, load, loader
 from common.results import draw, files
 from tests.conftest import roughen, save_random_gpt2
 
@@ -193,7 +193,7 @@ def test_any_output_folder_is_written_or_refused_and_stays_inside(scratch, name)
 @example(name="..")
 def test_any_model_name_is_found_or_refused_in_one_line(tmp_path_factory, name):
     try:
-        folder, _, _ = models._find(name, lambda message: None)
+        folder, _, _ = find.find_folder(name, lambda message: None)
     except UserError as error:
         assert str(error)
         return
@@ -276,8 +276,8 @@ def kept(tmp_path_factory, tokenizer):
     """Small models, loaded once: with the bundled tokenizer, and with a few words."""
     root = tmp_path_factory.mktemp("kept")
     return [
-        models.load(str(save_random_gpt2(root / "bytes", tokenizer, layers=2, heads=2))),
-        models.load(str(save_small(root / "words", layers=1, heads=1, context=12, words=5))),
+        load(str(save_random_gpt2(root / "bytes", tokenizer, layers=2, heads=2))),
+        load(str(save_small(root / "words", layers=1, heads=1, context=12, words=5))),
     ]
 
 
@@ -354,7 +354,7 @@ def run_on_any_texts(main, model, out, written, options, further, capsys) -> Non
     if "plots" not in options:
         arguments += ["--no-plots", *(f"{flag}={value}" for flag, value in options.items())]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(models, "load", lambda name, **options: model)
+        patched.setattr(loader, "load", lambda name, **options: model)
         if judge(main, arguments, capsys) == 0:
             check_results(out)
 
@@ -417,7 +417,7 @@ def damaged(tmp_path_factory):
 
 def load_damaged(folder: Path) -> None:
     try:
-        model = models.load(str(folder))
+        model = load(str(folder))
     except UserError as error:
         assert str(error)
         return
@@ -485,7 +485,7 @@ def test_weights_that_are_no_numbers_are_refused(damaged, which, value):
     weights[name].view(-1)[0] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     try:
-        model = models.load(str(folder))
+        model = load(str(folder))
     except UserError:
         assert value != 0.0
         return
@@ -502,7 +502,7 @@ def test_weights_that_lack_a_tensor_are_not_made_up(tmp_path, random_gpt2_folder
     del weights["transformer.h.1.attn.c_attn.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="1 are missing, such as transformer.h.1.attn.c_attn.weight"):
-        models.load(str(folder))
+        load(str(folder))
 
 
 def test_a_text_that_is_no_unicode_is_said(mini):
@@ -521,7 +521,7 @@ def test_weights_behind_the_last_pattern_are_looked_at(tmp_path, random_gpt2_fol
     weights["transformer.h.2.mlp.c_proj.bias"][3] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="h.2.mlp.*NaN or infinite"):
-        models.load(str(folder))
+        load(str(folder))
 
 
 @pytest.mark.parametrize("option", ["text", "model", "out", "labels"])

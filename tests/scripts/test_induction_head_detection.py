@@ -10,12 +10,12 @@ import subprocess
 import sys
 
 import pytest
-from tests.loading.test_models import cache, put_in_cache  # noqa: F401  (a fixture)
 
 import induction_head_detection as script
 from common import UserError
 from common.loading import load
 from tests.conftest import ROOT
+from tests.loading.conftest import cache, put_in_cache  # noqa: F401  (a fixture)
 from tests.results import schemas
 
 QUICK = ["--text", "the cat sat the cat sat"]
