@@ -151,10 +151,8 @@ def losses(model: Model, batch: TokenBatch, intervention: Intervention | None = 
 def continuation(
     model: Model, tokens: Ints, count: int, intervene: Callable[[TokenBatch], Intervention] | None = None
 ) -> Ints:
-    """The `count` likeliest next ids, one by one, after [pos] ids that start with BOS.
-
-    `intervene` is asked anew as the row grows, such as `lambda row: knockout(heads, row.cells["prefix_matching"])`.
-    """
+    """The `count` likeliest next ids, one by one, after [pos] ids that start with BOS. `intervene` is asked anew as the
+    row grows, such as `lambda row: knockout(heads, row.cells["prefix_matching"])`."""
     grown = list(tokens)
     for _ in range(count):
         row = TokenBatch.of([np.array(grown, dtype=np.int64)], pad=model.bos)
