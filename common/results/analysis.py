@@ -155,7 +155,7 @@ class Analysis(Screenful, ABC):
             if pictures:
                 for name, figure in self.specified(self.figures):
                     save(figure, staging / f"{name}.png")
-                page.save(self.page(), staging)
+                page.save_page(self.page(), staging)
             return files.write_results(staging, lambda written: self.as_json(written, argv))
 
 

@@ -41,9 +41,12 @@ REPLACED = {  # kind of edit -> what the picture calls it
     "knockout": "knockout of induction cells",
     "mean": "whole head: its mean output",
 }
-THROUGH = " through MLPs"  # how the name of a path ends that MLPs pass on
-WHOLE = "whole sender"
-PATH_COLUMNS = [*(f"path to {part}{way}" for way in ("", THROUGH) for part in ("query", "key", "values")), WHOLE]
+THROUGH_MLPS = " through MLPs"  # how the name of a path ends that MLPs pass on
+ALL_PATHS = "whole sender"
+PATH_COLUMNS = [
+    *(f"path to {part}{way}" for way in ("", THROUGH_MLPS) for part in ("query", "key", "values")),
+    ALL_PATHS,
+]
 PATH_TITLES = {
     "prefix_matching": "change of prefix matching",
     "loss_at_repeats": "change of the loss at repeats (nats)",
@@ -302,10 +305,10 @@ def path_panel(effects: Sequence[Row], metric: str, senders: Sequence[str]) -> P
     """
     values = path_values(effects, metric, senders)
     scale, title, framed = signed_scale(values, PATH_TITLES[metric]), PATH_TITLES[metric], []
-    short = [which.removeprefix("path to ").removesuffix(THROUGH) for which in PATH_COLUMNS]
+    short = [which.removeprefix("path to ").removesuffix(THROUGH_MLPS) for which in PATH_COLUMNS]
     if strongest := strongest_path(values):
         framed = [Outline(*strongest)]
-        direct = "" if PATH_COLUMNS[strongest[1]].endswith(THROUGH) else ", direct"
+        direct = "" if PATH_COLUMNS[strongest[1]].endswith(THROUGH_MLPS) else ", direct"
         which = PATH_COLUMNS[strongest[1]].removeprefix("path to ")
         title += f"\nstrongest path: {senders[strongest[0]]} → {which}{direct}: {values[strongest]:+.2f}"
     hover = np.array([[f"sender {sender}\n{path}\n{PATH_TITLES[metric]} {value:+.3f}"
@@ -313,7 +316,7 @@ def path_panel(effects: Sequence[Row], metric: str, senders: Sequence[str]) -> P
                       for sender, of in zip(senders, values, strict=True)], dtype=object)  # fmt: skip
     headings = [
         (place, said + (": not measured" if np.isnan(values[:, place]).all() else ""))
-        for place, said in ((1, "direct path"), (4, "through MLPs too"), (6, WHOLE))
+        for place, said in ((1, "direct path"), (4, "through MLPs too"), (6, ALL_PATHS))
     ]
     heatmap = Heatmap(values, scale, framed, written_values(values, 2, 0.02 * scale.high), hover=hover)
     elements: list[Element] = [heatmap, Rule("x", 2.5, colour="0.3"), Rule("x", 5.5, colour="0.3")]

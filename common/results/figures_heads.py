@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sklearn.metrics import precision_recall_curve
 
 from common.attention.head import Head
 from common.heads.detection import LEAST_EFFECT, Detection, by_score
@@ -118,6 +117,8 @@ def budget_figure(found: Detection, paid: Mapping[str, Floats], title: str) -> F
 
 def precision_recall_figure(found: Detection, labels: Labels, title: str) -> Figure:
     """Precision against recall of every fixed threshold on the score, and of each head's own."""
+    from sklearn.metrics import precision_recall_curve  # importing it writes to the environment
+
     truth = labels.mask(found.score.shape)
     precision, recall, _ = precision_recall_curve(truth.ravel(), found.score.ravel())
     elements: list[spec.Element] = [spec.Line(recall.tolist(), precision.tolist(), "0.45", steps=True)]

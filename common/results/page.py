@@ -137,7 +137,7 @@ def takes(name: str) -> bool:
     return name.split("_")[0] in SECTIONS
 
 
-def save(page: str, folder: Path) -> None:
+def save_page(page: str, folder: Path) -> None:
     """Write the page as `FILE` into `folder`; what UTF-8 cannot hold becomes a question mark."""
     (folder / FILE).write_text(page, encoding="utf-8", errors="replace")
 

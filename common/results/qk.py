@@ -218,7 +218,7 @@ class QKAnalysis(Analysis):
     def page(self) -> str:
         shown = dict(self.specified([name for name in self.figures if page.takes(name)]))
         title, said = f"Layer {self.chosen.layer} of", self.checks()
-        return page.report(self.as_json(), title, self.leading, said, _maps_on_page(self), shown)
+        return page.report(self.as_json(), title, self.leading, said, _layer_on_page(self), shown)
 
     def interaction(self, text: LayerOnText) -> Interaction:
         """Queries, keys, scores and patterns of every head of the layer on one text."""
@@ -301,7 +301,7 @@ def analyse_qk(
     texts: list[LayerOnText] = []
     for number, (text, ids) in enumerate(encoded, start=1):
         room = KEPT - sum(_size(one.kept) for one in texts)
-        texts.append(_look(model, chosen, number, text, ids, interventions is not False, room, notes))
+        texts.append(_look_at(model, chosen, number, text, ids, interventions is not False, room, notes))
     composition, pair, circuits = _weigh(model, chosen, previous_token, seed, texts, notes)
     done = None
     if interventions is not False:
@@ -332,7 +332,7 @@ def choose(found: Detection, layer: int | str, head: int | str, *, drawn: int = 
     return Chosen(at, heads, leading, grid, [inside for within, inside in induction if within == at], reason)
 
 
-def _look(
+def _look_at(
     model: Model, chosen: Chosen, number: int, text: str, ids: Ints, remove: bool, room: int, notes: Notes
 ) -> LayerOnText:
     """One text: how queries and keys of the layer meet, and what scores of the chosen heads are made of. `remove`: also
@@ -419,7 +419,7 @@ def _figures(found: QKAnalysis, names: Sequence[str]) -> Iterator[tuple[str, Fig
     yield from figures_circuits.intervention_figures([dict(one) for one in found.effects], model.name).items()
 
 
-def _maps_on_page(found: QKAnalysis) -> Iterator[page.TextMaps]:
+def _layer_on_page(found: QKAnalysis) -> Iterator[page.TextMaps]:
     """What the page shows of each text: scores and patterns of every head of the layer, and the decompositions."""
     for text in found.texts:
         met, tokens = found.interaction(text), text.tokens

@@ -363,7 +363,7 @@ def hostile_page(results, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
     shown = {**results, "model": model, "sequences": results["sequences"][:1]}
     figures = {"mosaic": mosaic(big_found(4, 6)), f"parts_{HOSTILE[2]}": hostile_figure()}
-    page.save(induction_page(shown, [HOSTILE[1]], [one], figures), folder)
+    page.save_page(induction_page(shown, [HOSTILE[1]], [one], figures), folder)
     return folder / "report.html"
 
 
