@@ -9,6 +9,8 @@
 3. A head whose score reaches its threshold (`score >= threshold`) attends to its targets. What that does to the
    correct token's logit is its total effect (common/heads/attribution.py): `induction` raises it by `LEAST_EFFECT` nats
    or more, `suppression` lowers it by as much, `attends-only` does neither.
+   A threshold of 1 or more, which no score can pass, says that the null already holds what is looked for. Such a head
+   is `undecided`: the method has failed on it, and that is no verdict.
 4. Of the other heads, one whose attention to earlier copies reaches the threshold of the same rule is
    `duplicate-token`. One that pays most of its attention, at the same queries, to the previous token or to BOS is
    `previous-token` or `first-token`. All others are `none`.
@@ -38,7 +40,9 @@ MOST = 0.5  # "most of its attention"
 
 Sums = Mapping[str, RowSums]  # per head type and part of the budget, [rows, layers, heads]
 
-VERDICTS = ("none", "first-token", "previous-token", "duplicate-token", "attends-only", "suppression", "induction")
+VERDICTS = (
+    "none", "first-token", "previous-token", "duplicate-token", "attends-only", "suppression", "induction", "undecided",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,21 +112,22 @@ def detect(repeats: Sums, controls: Sums, effect: Floats, *, threshold: float | 
     # Effects are measured on fewer rows than scores, so their rows are drawn again separately, from another seed.
     effects = resampled_mean(effect, _draws(len(effect), seed=1))
 
-    def passes(kind: str, fixed: float | None = None) -> Bools:
+    def passes(kind: str, fixed: float | None = None) -> tuple[Bools, Bools]:
         score, limit, _ = _against_null(repeats[kind], controls[kind], weights, needed, fixed)
-        return score >= limit
+        return score >= limit, limit >= 1
 
     def gets_most(part: str) -> Bools:
         # Divided by all queries with a target, not by those that have a cell of this part: the parts must sum to 1.
         return np.tensordot(weights, repeats[part].sums, 1) / (weights @ queries)[:, None, None] > MOST
 
-    attends = passes("prefix_matching", threshold)
+    attends, unreachable = passes("prefix_matching", threshold)
     # The first condition that holds decides. A fixed threshold is about prefix matching, not about earlier copies.
     conditions = {
+        "undecided": unreachable if threshold is None else np.zeros_like(attends),
         "induction": attends & (effects >= LEAST_EFFECT),
         "suppression": attends & (effects <= -LEAST_EFFECT),
         "attends-only": attends,
-        "duplicate-token": passes("duplicate_token"),
+        "duplicate-token": passes("duplicate_token")[0],
         "previous-token": gets_most("budget_previous"),
         "first-token": gets_most("budget_bos"),
     }

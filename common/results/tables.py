@@ -204,7 +204,7 @@ def other_heads(heads: Sequence[HeadRow]) -> str:
     further = sum(counts[verdict] for verdict in ON_TARGETS) - MOST_PRINTED
     # What the table left out for length is said, or a reader takes the table for all.
     parts = [f"{further} further such heads (heads.csv)"] if further > 0 else []
-    for verdict in ("previous-token", "duplicate-token", "first-token"):
+    for verdict in ("undecided", "previous-token", "duplicate-token", "first-token"):
         if named := [head.name for head in heads if head.verdict == verdict]:
             parts.append(f"{verdict} {', '.join(named[:6])}{' …' if len(named) > 6 else ''}")
     none = counts["none"]

@@ -29,12 +29,12 @@ def decide(score: float, control: float, spread: float = 0.0, threshold: float |
     return bool(attend(sums(score), sums(control, spread), needed(1, ROWS), threshold=threshold).attends.item())
 
 
-def verdict(score=0.01, control=0.01, effect=0.0, **others) -> str:
+def verdict(score=0.01, control=0.01, effect=0.0, threshold=None, **others) -> str:
     """The verdict on one head with this prefix matching; `others`: duplicate_token and shares of the budget."""
     kinds = {"prefix_matching": score, "duplicate_token": 0.01, "budget_previous": 0.0, "budget_bos": 0.0} | others
     repeats = {kind: sums(value) for kind, value in kinds.items()}
     controls = {"prefix_matching": sums(control), "duplicate_token": sums(0.01)}
-    return str(detect(repeats, controls, np.full((8, 1, 1), effect)).verdict.item())
+    return str(detect(repeats, controls, np.full((8, 1, 1), effect), threshold=threshold).verdict.item())
 
 
 def test_threshold_follows_the_spread_of_the_null():
@@ -97,12 +97,19 @@ def test_chance_passes_no_more_often_than_the_stated_rate(monkeypatch):
         ({"budget_bos": 0.9}, "first-token"),
         ({"budget_previous": 0.4, "budget_bos": 0.4}, "none"),
         ({"score": 0.4, "effect": 1.0, "budget_bos": 0.6}, "induction"),
+        ({"score": 0.997, "control": 0.97, "effect": 1.0}, "undecided"),  # the null already holds what is looked for
+        ({"score": 0.997, "control": 0.9, "effect": 1.0}, "induction"),
         ({}, "none"),
     ],
 )
 def test_each_verdict_has_its_evidence(evidence, expected):
     assert verdict(**evidence) == expected
     assert expected in VERDICTS
+
+
+def test_a_fixed_threshold_of_1_decides():
+    """The user's own number is no error of the method."""
+    assert verdict(score=0.5, effect=1.0, threshold=1.0) == "none"
 
 
 def test_confidence_falls_where_a_head_sits_on_its_threshold():
