@@ -7,7 +7,8 @@
 
 Two questions, one run. Which heads of this model are induction heads? (Rows of random tokens with a repeat in them,
 against control rows without it; each head has its own threshold.) What do those heads do on my sequences? (The list
-below, or --text, or --sequences-file.) Writes PNGs, results.json and heads.csv to outputs/<model>/, a table to stdout.
+below, or --text, or --sequences-file.) Writes PNGs, results.json and heads.csv to the folder
+outputs/<model>/induction_head_detection, a table to stdout.
 """
 
 from __future__ import annotations

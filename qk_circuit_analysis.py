@@ -39,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; the exit code: 0, 2 for what a user can mend, 130 for Ctrl-C."""
     parser = cli.shared_parser(__doc__ or "")
     add = parser.add_argument
-    add("--layer", type=cli.number_or("auto"), metavar="N|auto", help="layer, from 0 (default: `layer` in the script)")
+    add(
+        "--layer",
+        type=cli.number_or("auto"),
+        metavar="N|auto",
+        help="layer, from 0; auto: that of the strongest induction head (default: `layer` in the script)",
+    )
     head = "head drawn large and decomposed, from 0; auto: the strongest induction head of the layer (default auto)"
     add("--head", type=cli.number_or("all", "auto"), default="auto", metavar="N|all|auto", help=head)
     add("--export", action="store_true", help="also write q and k of the layer, a safetensors file per text")

@@ -1,6 +1,6 @@
 """One call of a layer's attention: what is read of it, and how edits of single heads are made in it.
 
-A head is computed in the order q, k, scores, pattern, v, z (its output). An edit changes one of these for one head, and
+A head is computed in the order of `POINTS`. An edit changes one of these for one head, and
 what comes after is computed from the change. Heads without an edit come out of the fused kernel, which keeps no
 pattern (FlashAttention: Dao et al. 2022, arXiv 2205.14135).
 """
@@ -23,7 +23,7 @@ from common.attention.head import Head
 BLOCK = 1 << 19  # numbers of a pattern that stand in memory at once, unless one query has more: fits a CPU's cache
 BLOCK_GPU = 1 << 25  # the same on a GPU, which small blocks would leave idle
 
-POINTS = ("q", "k", "v", "scores", "pattern", "z")  # in the order in which a head computes them; z is its output
+POINTS = ("q", "k", "scores", "pattern", "v", "z")  # in the order in which a head computes them; z is its output
 
 
 @dataclass(frozen=True)

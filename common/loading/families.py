@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from common import UserError
+
 if TYPE_CHECKING:  # TransformerLens takes seconds to import
     from transformer_lens.model_bridge import TransformerBridge
     from transformer_lens.model_bridge.generalized_components import AttentionBridge, BlockBridge, NormalizationBridge
@@ -180,6 +182,8 @@ def _layers(bridge: TransformerBridge, blocks: Sequence[nn.Module]) -> Iterator[
             known = names.get(name)
             return block.get_submodule(known.name) if known and known.name else None
 
+        if not hasattr(bridge.blocks[number], "attn"):
+            raise UserError(f"layer {number} has no attention (a state-space or convolution layer?)")
         attention = cast(nn.Module, part("attn"))
         projection = attention.get_submodule(str(attention_names.submodules["o"].name))
         mlp = part("mlp")

@@ -159,13 +159,19 @@ class Analysis(Screenful, ABC):
             return files.write_results(staging, lambda written: self.as_json(written, argv))
 
 
-def encode(model: Model, texts: Sequence[str], notes: Notes) -> list[tuple[str, Ints]]:
-    """Each text with its ids. Texts of fewer than two tokens are left out with a warning.
+def encode(model: Model, texts: Sequence[str], notes: Notes) -> list[tuple[int, str, Ints]]:
+    """Each text with its number, from 1, and its ids. Texts of fewer than two tokens are left out with a warning; the
+    others keep their numbers.
 
-    Raises UserError where a text is longer than the context, or where texts were given and none is left.
+    Raises UserError for a model that is none, for a text that is no string or is longer than the context, and where
+    texts were given and none is left.
     """
+    if not hasattr(model, "door"):
+        raise UserError(f'{model!r} is no model: load it first, as in load("mini")')
     kept = []
     for number, text in enumerate([texts] if isinstance(texts, str) else texts, start=1):
+        if not isinstance(text, str):
+            raise UserError(f"text {number} is {text!r}: a text is a string in quotes")
         tokens = model.encode(text)
         if len(tokens) > model.context:
             raise UserError(
@@ -173,7 +179,7 @@ def encode(model: Model, texts: Sequence[str], notes: Notes) -> list[tuple[str, 
                 "shorten it or split it"
             )
         if len(tokens) >= 3:  # BOS and two tokens: one cannot come again
-            kept.append((text, tokens))
+            kept.append((number, text, tokens))
             continue
         few = f"has {len(tokens) - 1} tokens, at least 2 are needed: left out"
         notes.warn(f"text {number} ({shortened(text)!r}) {few}")
@@ -182,10 +188,10 @@ def encode(model: Model, texts: Sequence[str], notes: Notes) -> list[tuple[str, 
     return kept
 
 
-def rows_at_once(model: Model, encoded: Sequence[tuple[str, Ints]], asked: int | None) -> int:
+def rows_at_once(model: Model, encoded: Sequence[tuple[int, str, Ints]], asked: int | None) -> int:
     """Rows per forward pass: as asked for, else as many as fit for the longest text and the battery's rows."""
     # The battery's rows go through the same model, and are often longer than the texts.
-    return asked or rows_that_fit(model, max([ROW_LENGTH, *(len(tokens) for _, tokens in encoded)]))
+    return asked or rows_that_fit(model, max([ROW_LENGTH, *(len(tokens) for *_, tokens in encoded)]))
 
 
 def resumable(effects: object, metrics: Mapping[bool, int]) -> bool:

@@ -203,7 +203,7 @@ def find_induction_heads(
     ablated = _ablate(model, measured, ablate, options, earlier or {}, progress, notes)
     texts = tuple(
         _text(model, measured, number, text, ids, score_text(model, ids, **options, threshold=threshold))
-        for number, (text, ids) in enumerate(encoded, start=1)
+        for number, text, ids in encoded
     )
     arguments: dict[str, object] = {"threshold": threshold, "labels": labels, "ablate": ablate, **options}
     return InductionHeads(
@@ -290,7 +290,8 @@ def _figure_of(found: InductionHeads, figure: str) -> Figure:
     """What one of `found.figures` shows."""
     name, detected, labels, ablated = found.model.name, found.survey.found, found.labels, found.ablation
     if figure.startswith("attention_"):
-        return _attention_figure(found, found.texts[int(figure.removeprefix("attention_")) - 1])
+        number = int(figure.removeprefix("attention_"))
+        return _attention_figure(found, next(text for text in found.texts if text.number == number))
     if figure == "precision_recall" and labels:
         return figures_heads.precision_recall_figure(detected, labels, f"{name}: detection against labels")
     if figure == "ablation" and ablated:
@@ -332,4 +333,4 @@ def _maps_on_page(found: InductionHeads) -> Iterator[page.TextMaps]:
         places = figures_heads.drawn_places(len(tokens), cells)
         heads = [(head.layer, head.head) for head in text.heads]
         maps = np.stack(patterns(found.model, text.ids, heads, places))
-        yield page.TextMaps(text.text, tokens, text.sentence(), cells, places, {"pattern": maps})
+        yield page.TextMaps(text.number, text.text, tokens, text.sentence(), cells, places, {"pattern": maps})

@@ -64,11 +64,12 @@ SECTIONS = {
 class TextMaps:
     """What the page shows of one text.
 
-    `text`, its `tokens`, and a sentence `said` of it; `cells`: its induction cells (query, key); `places`: the
-    positions drawn, BOS first (`figures_heads.drawn_places`); `maps`: kind ("scores", "pattern") -> [head, place,
-    place], NaN where a query may not see; `figures`: further figures of the text.
+    Its `number`, from 1, the `text`, its `tokens`, and a sentence `said` of it; `cells`: its induction cells (query,
+    key); `places`: the positions drawn, BOS first (`figures_heads.drawn_places`); `maps`: kind ("scores", "pattern")
+    -> [head, place, place], NaN where a query may not see; `figures`: further figures of the text.
     """
 
+    number: int
     text: str
     tokens: Sequence[str]
     said: str
@@ -273,7 +274,7 @@ def _chooser(heads: Sequence[Row]) -> str:
 
 def _text_section(text: int, one: TextMaps, inside: str) -> str:
     return (
-        f'<section class="text"><h3>Text {text + 1}</h3>{_tokens(one)}{_paragraph(one.said)}'
+        f'<section class="text"><h3>Text {one.number}</h3>{_tokens(one)}{_paragraph(one.said)}'
         f"{_cut(one)}{_div('side', inside)}</section>"
     )
 

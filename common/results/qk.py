@@ -289,8 +289,8 @@ def analyse_qk(
     returned and `missing` names the rest.
     """
     started, notes = time.monotonic(), Notes(hear)
-    maps.check_exists(model, layer if isinstance(layer, int) else None, head if isinstance(head, int) else None)
     encoded = encode(model, sequences, notes)
+    maps.check_exists(model, layer if isinstance(layer, int) else None, head if isinstance(head, int) else None)
     batch_size = rows_at_once(model, encoded, batch_size)
     options = {"seed": seed, "batch_size": batch_size}
     measured = survey(model, **options, threshold=threshold, progress=progress)
@@ -299,7 +299,7 @@ def analyse_qk(
     notes.say(f"layer {chosen.layer}: {chosen.reason}")
     columns = {"prefix_matching": found.score, "induction": found.induction, "previous_token": previous_token}
     texts: list[LayerOnText] = []
-    for number, (text, ids) in enumerate(encoded, start=1):
+    for number, text, ids in encoded:
         room = KEPT - sum(_size(one.kept) for one in texts)
         texts.append(_look_at(model, chosen, number, text, ids, interventions is not False, room, notes))
     composition, pair, circuits = _weigh(model, chosen, previous_token, seed, texts, notes)
@@ -438,7 +438,7 @@ def _layer_on_page(found: QKAnalysis) -> Iterator[page.TextMaps]:
             title = f"What the scores of head {head} are made of"
             most = figures_circuits.MOST_ZOOMED
             figures.append(figures_circuits.decomposition_figure(split, title, tokens, most))
-        yield page.TextMaps(text.text, tokens, said, text.cells, places, maps, figures)
+        yield page.TextMaps(text.number, text.text, tokens, said, text.cells, places, maps, figures)
 
 
 def _largest_part(head: str, split: Decomposition) -> str:

@@ -155,3 +155,18 @@ def test_effects_of_an_earlier_run_are_used_again_only_where_they_are_whole():
         assert not resumable([effect(**change)], {False: 1}), change
     for broken in (None, 3, "text", {}, [3], [[]], ["text"], [{}], [None]):
         assert not resumable(broken, {False: 1, True: 1}), broken
+
+
+def test_texts_that_are_left_out_keep_the_others_numbers(random_gpt2):
+    found = find_induction_heads(random_gpt2, ["", "the", "the cat sat the cat sat"], ablate=False)
+    assert [text.number for text in found.texts] == [3]
+    assert "attention_03" in found.figures and found.texts[0].sentence().startswith("Text 3: ")
+    assert "text 3: the cat" in found.figure("attention_03").get_suptitle()
+    assert "<h3>Text 3</h3>" in found.page()
+    assert [note.text[:6] for note in found.notes if note.warning] == ["text 1", "text 2"]
+
+
+@pytest.mark.parametrize(("model", "texts", "said"), [("mini", ["a b"], "load it first"), (None, [1], "is a string")])
+def test_what_is_no_model_or_no_text_is_said(random_gpt2, model, texts, said):
+    with pytest.raises(UserError, match=said):
+        find_induction_heads(model or random_gpt2, texts)

@@ -155,7 +155,7 @@ def induction_page(results, said, texts, figures) -> str:
 
 
 def text_maps(tokens, maps, *, cells=(), text="a text") -> page.TextMaps:
-    return page.TextMaps(text, tokens, "said", cells, range(len(tokens)), maps)
+    return page.TextMaps(1, text, tokens, "said", cells, range(len(tokens)), maps)
 
 
 @given(st.integers(1, 3), st.integers(2, 9), st.floats(1e-6, 1e4), st.integers(0, 2**32 - 1))
@@ -206,7 +206,7 @@ def test_a_long_text_is_cut_to_its_window_and_says_so(mini):
     (part,) = scores.patterns(mini, tokens, [(1, 2)], places)
     (whole,) = scores.patterns(mini, tokens, [(1, 2)])
     np.testing.assert_allclose(part, whole[np.ix_(places, places)])
-    one = page.TextMaps("text", ["x"] * 200, "said", [], places, {"pattern": part[None]})
+    one = page.TextMaps(1, "text", ["x"] * 200, "said", [], places, {"pattern": part[None]})
     assert f"tokens {places[1]} to {places[-1]} of 199" in page._cut(one)
 
 
@@ -358,6 +358,7 @@ def hostile_page(results, tmp_path_factory):
     pattern = np.tril(np.random.default_rng(0).random((24, len(HOSTILE), len(HOSTILE))))
     model = {"name": HOSTILE[1], "source": HOSTILE[2], "fingerprint": "0" * 64}
     one = page.TextMaps(
+        1,
         HOSTILE[2], HOSTILE, HOSTILE[2], [(3, 2)], range(len(HOSTILE)), {"pattern": pattern},
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("hostile")

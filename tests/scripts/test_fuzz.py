@@ -153,9 +153,9 @@ def test_batteries_are_drawn_or_refused(vocabulary, length, seed, rows):
     try:
         drawn = tokens.battery(np.arange(1, 1 + vocabulary), 0, rows=rows, length=length, seed=seed)
     except UserError:
-        assert length < 8 or vocabulary < 2
+        assert length < 8 or vocabulary < 7
         return
-    assert drawn.repeats.tokens.shape == drawn.controls.tokens.shape == (rows, length)
+    assert drawn.repeats.tokens.shape == drawn.controls.tokens.shape == (rows, min(length, vocabulary + 1))
     assert tokens.continuing(drawn.repeats).any(1).all()
 
 
@@ -385,14 +385,16 @@ def test_any_tokens_are_scored(kept, tokens, seed):
 @pytest.mark.parametrize(
     ("layers", "heads", "context", "words"),
     [
-        (1, 1, 8, 2),
-        (1, 1, 9, 3),
-        (2, 1, 12, 2),
-        (1, 3, 12, 4),
-        (1, 8, 8, 5),
-        (1, 2, 7, 5),
-        (1, 2, 2, 5),
-        (1, 2, 1, 5),
+        (1, 1, 8, 7),
+        (1, 1, 9, 8),
+        (2, 1, 12, 7),
+        (1, 3, 12, 9),
+        (1, 8, 8, 12),
+        (1, 2, 7, 12),
+        (1, 2, 2, 12),
+        (1, 2, 1, 12),
+        (1, 2, 12, 6),
+        (1, 2, 12, 2),
         (1, 2, 12, 1),
         (2, 2, 300, 26),
     ],
@@ -404,7 +406,7 @@ def test_models_of_one_layer_one_head_few_words_and_short_contexts(
     folder = save_small(tmp_path / "m", layers=layers, heads=heads, context=context, words=words)
     arguments = ["--model", str(folder), "--no-plots", "--out", str(tmp_path / "o")]
     code = judge(main, [*arguments, "--text", " ".join("aabaab"[: max(context - 1, 1)])], capsys)
-    assert code == (0 if context >= 8 and words >= 2 else 2)
+    assert code == (0 if context >= 8 and words >= 7 else 2)
     if code == 0:
         check_results(tmp_path / "o")
 
