@@ -9,8 +9,8 @@
 3. A head whose score reaches its threshold (`score >= threshold`) attends to its targets. What that does to the
    correct token's logit is its total effect (common/heads/attribution.py): `induction` raises it by `LEAST_EFFECT` nats
    or more, `suppression` lowers it by as much, `attends-only` does neither.
-   A threshold of 1 or more, which no score can pass, says that the null already holds what is looked for. Such a head
-   is `undecided`: the method has failed on it, and that is no verdict.
+   No score can pass a threshold of 1 or more. A head that has one, and scores higher than its null by `LEAST_LIFT` or
+   more, is `undecided`: the method has failed on it, and that is no verdict.
 4. Of the other heads, one whose attention to earlier copies reaches the threshold of the same rule is
    `duplicate-token`. One that pays most of its attention, at the same queries, to the previous token or to BOS is
    `previous-token` or `first-token`. All others are `none`.
@@ -113,8 +113,8 @@ def detect(repeats: Sums, controls: Sums, effect: Floats, *, threshold: float | 
     effects = resampled_mean(effect, _draws(len(effect), seed=1))
 
     def passes(kind: str, fixed: float | None = None) -> tuple[Bools, Bools]:
-        score, limit, _ = _against_null(repeats[kind], controls[kind], weights, needed, fixed)
-        return score >= limit, limit >= 1
+        score, limit, control = _against_null(repeats[kind], controls[kind], weights, needed, fixed)
+        return score >= limit, (limit >= 1) & (score >= control + LEAST_LIFT)
 
     def gets_most(part: str) -> Bools:
         # Divided by all queries with a target, not by those that have a cell of this part: the parts must sum to 1.

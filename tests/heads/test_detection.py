@@ -29,11 +29,11 @@ def decide(score: float, control: float, spread: float = 0.0, threshold: float |
     return bool(attend(sums(score), sums(control, spread), needed(1, ROWS), threshold=threshold).attends.item())
 
 
-def verdict(score=0.01, control=0.01, effect=0.0, threshold=None, **others) -> str:
+def verdict(score=0.01, control=0.01, effect=0.0, threshold=None, spread=0.0, **others) -> str:
     """The verdict on one head with this prefix matching; `others`: duplicate_token and shares of the budget."""
     kinds = {"prefix_matching": score, "duplicate_token": 0.01, "budget_previous": 0.0, "budget_bos": 0.0} | others
     repeats = {kind: sums(value) for kind, value in kinds.items()}
-    controls = {"prefix_matching": sums(control), "duplicate_token": sums(0.01)}
+    controls = {"prefix_matching": sums(control, spread), "duplicate_token": sums(0.01)}
     return str(detect(repeats, controls, np.full((8, 1, 1), effect), threshold=threshold).verdict.item())
 
 
@@ -97,7 +97,8 @@ def test_chance_passes_no_more_often_than_the_stated_rate(monkeypatch):
         ({"budget_bos": 0.9}, "first-token"),
         ({"budget_previous": 0.4, "budget_bos": 0.4}, "none"),
         ({"score": 0.4, "effect": 1.0, "budget_bos": 0.6}, "induction"),
-        ({"score": 0.997, "control": 0.97, "effect": 1.0}, "undecided"),  # the null already holds what is looked for
+        ({"score": 0.997, "control": 0.53, "spread": 0.5, "effect": 1.0}, "undecided"),  # its null holds targets
+        ({"score": 0.54, "control": 0.53, "spread": 0.5, "effect": 1.0}, "none"),  # no higher than its null
         ({"score": 0.997, "control": 0.9, "effect": 1.0}, "induction"),
         ({}, "none"),
     ],
