@@ -73,10 +73,13 @@ def without_source(
     """
 
     def written_by(head: Head) -> Tensor:
-        if head.layer == 0 and through_first_mlp:
-            silenced = Recordings(clean.model, clean.tokens, batch_size=clean.batch_size, under=zero([head]))
-            return clean.get(1, "resid_pre") - silenced.get(1, "resid_pre")
-        return _through_projection(clean, head, clean.get(head.layer, "z")[:, :, head.head])
+        # Refuses models with a norm behind their heads: silencing one head moves the others through it, and what is
+        # lost would not be the part that the decomposition counts.
+        direct = _through_projection(clean, head, clean.get(head.layer, "z")[:, :, head.head])
+        if head.layer > 0 or not through_first_mlp:
+            return direct
+        silenced = Recordings(clean.model, clean.tokens, batch_size=clean.batch_size, under=zero([head]))
+        return clean.get(1, "resid_pre") - silenced.get(1, "resid_pre")
 
     lost = torch.stack([written_by(head) for head in sources]).sum(0)
 

@@ -278,8 +278,12 @@ def test_without_an_mlp_that_reads_the_stream_after_attention_no_path_runs_throu
 
 def test_a_path_through_a_norm_after_attention_is_refused(loaded, drawn):
     clean = clean_of(loaded["gemma2"], drawn)
-    for make in (lambda: path(zero([Head.at(0, 1)]), [Head.at(1, 0)], "k", clean),
-                 lambda: without_source([Head.at(0, 1)], [Head.at(1, 0)], "k", clean)):  # fmt: skip
+    sender, receivers = Head.at(0, 1), [Head.at(1, 0)]
+    for make in (
+        lambda: path(zero([sender]), receivers, "k", clean),
+        lambda: without_source([sender], receivers, "k", clean),
+        lambda: without_source([sender], receivers, "k", clean, through_first_mlp=True),
+    ):
         with pytest.raises(UserError, match="before it is added"):
             make()
     assert torch.isfinite(loaded["gemma2"].logits(drawn.repeats.tokens, zero([Head.at(0, 1)]).edits)).all()
