@@ -80,10 +80,12 @@ class Call:
     def under(self, edits: Sequence[Edit], rows: slice) -> None:
         """Let the edits, whose heads are of this layer, hold in the order in which they are given.
 
-        Raises UserError for a head that does not exist.
+        Raises UserError for a head or a point that does not exist.
         """
         sorted_out: dict[int, dict[str, list[Edit]]] = defaultdict(lambda: defaultdict(list))
         for edit in edits:
+            if edit.point not in POINTS:  # it would change nothing, and nobody would know
+                raise UserError(f"there is no point {edit.point!r} in a head: an edit is made at {', '.join(POINTS)}")
             if not 0 <= edit.head.head < self.n_heads:
                 raise UserError(f"there is no head {edit.head}: the heads of its layer are 0 to {self.n_heads - 1}")
             sorted_out[edit.head.head][edit.point].append(edit)

@@ -574,3 +574,9 @@ def test_an_edit_of_a_head_that_does_not_exist_is_said(random_gpt2):
     edit = Edit(Head.at(1, 4), "z", lambda old, rows: old)
     with pytest.raises(UserError, match="no head 1.4: the heads of its layer are 0 to 3"):
         random_gpt2.logits(np.array([[0, 1, 2]]), [edit])
+
+
+def test_an_edit_at_a_point_that_does_not_exist_is_said(random_gpt2):
+    edit = Edit(Head.at(1, 0), "values", lambda old, rows: old)
+    with pytest.raises(UserError, match="no point 'values' in a head: an edit is made at q, k, scores"):
+        random_gpt2.logits(np.array([[0, 1, 2]]), [edit])
