@@ -69,11 +69,13 @@ class Attention:
 class Detection(Attention):
     """`Attention` with each head's `verdict`, one of `VERDICTS`, [layers, heads]; `confidence` is that of the verdict.
 
-    `resampled`: [resamples, layers, heads], which heads are induction heads when rows are drawn again.
+    `resampled`, `resampled_attends`: [resamples, layers, heads], which heads are induction heads, or attend to their
+    targets, when rows are drawn again.
     """
 
     verdict: NDArray[np.str_]
     resampled: Bools
+    resampled_attends: Bools
 
     @property
     def induction(self) -> Bools:
@@ -135,7 +137,8 @@ def detect(repeats: Sums, controls: Sums, effect: Floats, *, threshold: float | 
     found = attend(repeats["prefix_matching"], controls["prefix_matching"], needed, threshold=threshold)
     parts = vars(found) | {"confidence": (verdicts[1:] == verdicts[0]).mean(0)}
     resampled = verdicts[1:] == VERDICTS.index("induction")
-    return Detection(**parts, verdict=np.array(VERDICTS)[verdicts[0]], resampled=resampled)
+    again = {"resampled": resampled, "resampled_attends": attends[1:]}
+    return Detection(**parts, verdict=np.array(VERDICTS)[verdicts[0]], **again)
 
 
 def deviations(heads: int, error: float, freedom: int) -> float:
