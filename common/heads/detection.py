@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from common.attention.head import Head
-from common.heads.statistics import Bools, Floats, RowSums, bootstrap_weights, percentile_interval, resampled_mean
+from common.heads.statistics import Bools, Floats, RowSums, bootstrap_weights, resampled_mean
 
 LEAST_DEVIATIONS = 1.0
 LEAST_LIFT = 0.05  # a smaller lift over the control can be real and is negligible
@@ -93,7 +93,7 @@ def attend(repeats: RowSums, controls: RowSums, needed: float, *, threshold: flo
     """
     weights = _draws(len(repeats.counts))
     score, limit, control = _against_null(repeats, controls, weights, needed, threshold)
-    low, high = percentile_interval(score[1:])
+    low, high = (np.clip(end, 0.0, 1.0) for end in repeats.interval())
     attends = score >= limit
     return Attention(score[0], control[0], limit[0], low, high, (attends[1:] == attends[0]).mean(0))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from common.heads.statistics import Floats, percentile_interval
+from common.heads.statistics import Floats, resampled_range
 
 if TYPE_CHECKING:
     from common.heads.labels import Labels
@@ -20,8 +20,9 @@ HeadMask = NDArray[np.bool_]  # [layers, heads]
 class Metrics:
     """Agreement with the `labels` of that name, each number in [0, 1], higher is better.
 
-    `average_precision` is None if no head is labelled. `intervals`: the 95 % intervals of `precision`, `recall` and
-    `f1` over the rows that detection drew; the labels stay the same.
+    `average_precision` is None if no head is labelled. `intervals`: between which values `precision`, `recall` and `f1`
+    lie in 95 % of the resamples of the rows that detection drew; the labels stay the same. That is how far the numbers
+    hang on the rows. It is no confidence interval: heads and labels are not drawn.
     """
 
     precision: float
@@ -32,9 +33,9 @@ class Metrics:
     intervals: dict[str, tuple[float, float]]
 
     def sentence(self) -> str:
-        """Precision, recall and F1 for a reader, F1 with its interval."""
-        interval = "95 % over rows: {:.2f} to {:.2f}".format(*self.intervals["f1"])
-        return f"precision {self.precision:.2f}, recall {self.recall:.2f}, F1 {self.f1:.2f} ({interval})"
+        """Precision, recall and F1 for a reader, and F1 when rows are drawn again."""
+        within = "{:.2f} to {:.2f} in 95 % of resamples of the rows".format(*self.intervals["f1"])
+        return f"precision {self.precision:.2f}, recall {self.recall:.2f}, F1 {self.f1:.2f} ({within})"
 
 
 def evaluate(detected: HeadMask, score: Floats, resampled: HeadMask, labels: Labels) -> Metrics:
@@ -44,7 +45,7 @@ def evaluate(detected: HeadMask, score: Floats, resampled: HeadMask, labels: Lab
 
     truth = labels.mask(detected.shape)
     average = float(average_precision_score(truth.ravel(), score.ravel())) if truth.any() else None
-    low, high = percentile_interval(agreement(truth, resampled).T)
+    low, high = resampled_range(agreement(truth, resampled).T)
     names = ("precision", "recall", "f1")
     intervals = dict(zip(names, zip(low.tolist(), high.tolist(), strict=True), strict=True))
     precision, recall, f1 = agreement(truth, detected).tolist()
