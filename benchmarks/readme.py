@@ -56,15 +56,12 @@ def detection() -> str:
     decisions = content["summary"][0]["decisions"]
     others = sum(decisions[group] for group in NEGATIVE if group != "decoys")
     worst = max(entry["false_per_1000"][group] for entry in content["summary"][:2] for group in NEGATIVE)
-    return "\n".join(
-        [
-            table(columns, rows),
-            "",
-            f"{models['models']} hand-built models and {models['decoys']} of decoys, rows of 24 to 256 tokens. Weak: at "
-            f"most 0.05 of the attention on the targets. False: on {decisions['decoys']:,} decoys that copy what they look "
-            f"at; on {others:,} random and untrained heads ours has {worst:.1f}.",
-        ]
+    said = (
+        f"{models['models']} hand-built models and {models['decoys']} of decoys, rows of 24 to 256 tokens. Weak: at "
+        f"most 0.05 of the attention on the targets. False: on {decisions['decoys']:,} decoys that copy what they look "
+        f"at; on {others:,} random and untrained heads ours has {worst:.1f}."
     )
+    return f"{table(columns, rows)}\n\n{said}"
 
 
 BLOCKS = {function.__name__: function for function in (detection,)}

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from common.attention.head import Head
-from common.heads.statistics import Bools, Floats, RowSums, bootstrap_weights, percentile_interval, resampled_mean
+from common.heads.statistics import Bools, Floats, RowSums, bootstrap_weights, resampled_mean
 
 # What each of these decides, measured on models that judge nothing else: `python -m benchmarks.calibration`.
 LEAST_LIFT = 0.01  # a smaller lift over the control can be real and is negligible
@@ -69,8 +69,8 @@ class Attention:
 class Detection(Attention):
     """`Attention` with each head's `verdict`, one of `VERDICTS`, [layers, heads]; `confidence` is that of the verdict.
 
-    `low`, `high`: the ends of the score's 95 % interval over rows. `resampled`, `resampled_attends`: [resamples, layers,
-    heads], which heads are induction heads, or attend to their targets, when rows are drawn again.
+    `low`, `high`: the ends of the score's 95 % interval over rows. `resampled`, `resampled_attends`: [resamples,
+    layers, heads], which heads are induction heads, or attend to their targets, when rows are drawn again.
     """
 
     low: Floats
@@ -143,7 +143,7 @@ def detect(repeats: Sums, controls: Sums, effect: Floats, *, threshold: float | 
     }
     verdicts = np.select(list(conditions.values()), list(map(VERDICTS.index, conditions)), VERDICTS.index("none"))
     found = attend(repeats["prefix_matching"], controls["prefix_matching"], threshold=threshold)
-    low, high = percentile_interval(repeats["prefix_matching"].resampled(weights[1:]))
+    low, high = (np.clip(end, 0.0, 1.0) for end in repeats["prefix_matching"].interval())
     names = np.array(VERDICTS)[verdicts]
     return Detection(
         **vars(found), low=low, high=high, confidence=(verdicts[1:] == verdicts[0]).mean(0), verdict=names[0],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from common.heads.statistics import Floats, percentile_interval
+from common.heads.statistics import Floats, resampled_range
 
 if TYPE_CHECKING:
     from common.heads.detection import Detection
@@ -26,8 +26,9 @@ class Metrics:
     `kind`: what the labels rest on, `labels_are`: the same in words, `measured`: what was measured for them;
     `compared`: which of our heads are compared with them; `not_counted`: the heads that count neither way.
     `precision`, `f1` and `average_precision` are None for labels that say nothing of the heads outside their list, the
-    last also if no head is labelled. `intervals`: the 95 % intervals over the rows that detection drew of those that
-    are not None; the labels stay the same.
+    last also if no head is labelled. `intervals`: between which values those that are not None lie in 95 % of the
+    resamples of the rows that detection drew; the labels stay the same. That is how far the numbers hang on the rows.
+    It is no confidence interval: heads and labels are not drawn.
     """
 
     precision: float | None
@@ -43,7 +44,7 @@ class Metrics:
     not_counted: tuple[str, ...]
 
     def sentence(self) -> str:
-        """What is compared with what, and precision, recall and F1, the last of them with its interval."""
+        """What is compared with what, and precision, recall and F1, the last of them also when rows are drawn again."""
         said = [f"Agreement of {self.compared} with {self.labels_are}: {self._numbers()}."]
         if self.not_counted:
             said.append(f"Named by the source with less support and not counted: {', '.join(self.not_counted)}.")
@@ -51,7 +52,7 @@ class Metrics:
 
     def _numbers(self) -> str:
         name = "recall" if self.f1 is None else "f1"
-        interval = "(95 % over rows: {:.2f} to {:.2f})".format(*self.intervals[name])
+        interval = "({:.2f} to {:.2f} in 95 % of resamples of the rows)".format(*self.intervals[name])
         if self.f1 is None or self.precision is None:
             why = "no precision, as the labels say nothing of other heads"
             return f"recall {self.recall:.2f} {interval}; {why}"
@@ -80,7 +81,7 @@ def evaluate(
     truth, counted = labels.mask(detected.shape), labels.counted(detected.shape)
     average = float(average_precision_score(truth[counted], score[counted])) if truth.any() else None
     numbers = agreement(truth, detected & counted).tolist()
-    low, high = percentile_interval(agreement(truth, resampled & counted).T)
+    low, high = resampled_range(agreement(truth, resampled & counted).T)
     names = ("precision", "recall", "f1")
     measured = dict(zip(names, zip(numbers, low.tolist(), high.tolist(), strict=True), strict=True))
     known = {name: values for name, values in measured.items() if labels.complete or name == "recall"}

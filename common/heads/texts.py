@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from common.heads.detection import Attention, attend
 from common.heads.scores import HeadScores, score
-from common.heads.statistics import Ints
+from common.heads.statistics import Floats, Ints, divided
 from common.heads.tokens import TokenBatch, with_controls
 
 if TYPE_CHECKING:
@@ -29,13 +29,15 @@ FEW = 5  # queries; a sentence that rests on fewer says so
 class TextScores:
     """What the heads do on a text.
 
-    `scores`: of every head type. `queries`: how many have a target. `attention`: to the targets, against the null; None
-    if no query has a target that a control row can be free of. `cells`: the induction cells, as (query, key).
+    `scores`: of every head type. `queries`: how many have a target. `attention`: to the targets, against the null;
+    None if no query has a target that a control text can be free of. `highest`: each head's highest score
+    on a control text, [layers, heads], or None likewise. `cells`: the induction cells, as (query, key).
     """
 
     scores: HeadScores
     queries: int
     attention: Attention | None
+    highest: Floats | None
     cells: list[tuple[int, int]]
 
 
@@ -46,12 +48,12 @@ def score_text(model: Model, tokens: Ints, *, seed: int, batch_size: int, thresh
     """
     batch = TokenBatch.of([tokens], pad=model.bos)
     cells = batch.cells["prefix_matching"]
-    attention = None
+    attention = highest = None
     compared, controls = with_controls(batch, model.ordinary(), rows=CONTROL_ROWS, seed=seed)
     if len(compared.cells["prefix_matching"].row):
         paid, null = (
             score(model, rows, batch_size=batch_size).sums["prefix_matching"] for rows in (compared, controls)
         )
-        attention = attend(paid, null, threshold=threshold)
+        attention, highest = attend(paid, null, threshold=threshold), divided(null.sums, null.counts).max(0)
     pairs = list(zip(cells.query.tolist(), cells.key.tolist(), strict=True))
-    return TextScores(score(model, batch, batch_size=1), len(cells.queries()[0]), attention, pairs)
+    return TextScores(score(model, batch, batch_size=1), len(cells.queries()[0]), attention, highest, pairs)

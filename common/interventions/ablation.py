@@ -22,10 +22,18 @@ import numpy as np
 from common import UserError
 from common.attention.batches import Advance, Progress, silent
 from common.heads.tokens import continuing
-from common.interventions.effects import CONTROLS, Effect, Experiment, effects_with_controls, known_effects, names
+from common.interventions.effects import (
+    CONTROLS,
+    Effect,
+    Experiment,
+    effects_with_controls,
+    names,
+    with_their_controls,
+)
 from common.interventions.runner import Predictions, Runner, greedy
 
 if TYPE_CHECKING:
+    from common.attention.head import Head
     from common.heads.detection import Detection
     from common.loading.model import Model
 
@@ -71,23 +79,43 @@ class AblationPlan(Experiment):
         self.singles = heads[:MOST_SINGLE]
         self.sets = [(head,) for head in self.singles] + ([tuple(heads)] if len(heads) > 1 else [])
         self.interventions = self.ablations()
-        self.runs = len(self.interventions) * len(self.sets) * (1 + CONTROLS) + MOST_GREEDY * len(self.singles)
+        self.greedy: list[dict[str, Any]] = []
+
+    def go_on(self, earlier: Mapping[str, Any]) -> None:
+        """Take over what `Ablation.as_json` gave in a run with the same settings: it is not measured again."""
+        self.known, self.greedy = list(earlier["effects"]), list(earlier["greedy"])
+
+    @property
+    def wanted(self) -> dict[str, list[tuple[Head, ...]]]:
+        """By intervention, the sets of heads whose effects are not known yet."""
+        done = {(one["name"], *one["heads"]) for one in self.known}
+        return {way: [some for some in self.sets if (way, *names(some)) not in done] for way in self.interventions}
+
+    @property
+    def greedy_steps(self) -> int:
+        """How many heads the greedy order has."""
+        return min(MOST_GREEDY, len(self.singles))
+
+    @property
+    def runs(self) -> int:
+        """How many times the rows will be run."""
+        draw: Mapping[str, Any] = {"count": CONTROLS, "avoid": self.avoid, "seed": self.seed}
+        sets = sum(len(with_their_controls(sets, self.model.n_heads, **draw)) for sets in self.wanted.values())
+        steps = 0 if len(self.greedy) == self.greedy_steps else self.greedy_steps
+        return sets + sum(len(self.singles) - step for step in range(steps))
+
+    def run_once(self) -> None:
+        self.metrics.of(None)
 
 
-def ablate(plan: AblationPlan, earlier: object = None, progress: Progress = silent) -> Ablation:
-    """Take the induction heads away, one by one and together, each way.
-
-    `earlier`: what `Ablation.as_json` gave before; with the same settings, its effects are not measured again, and
-    anything that is no such thing is ignored. On Ctrl-C what is done is kept, and `missing` says what is not.
-    """
+def ablate(plan: AblationPlan, progress: Progress = silent) -> Ablation:
+    """Take the induction heads away, one by one and together, each way; what the plan knows is not measured again. On
+    Ctrl-C what is done is kept, and `missing` says what is not."""
     clean = {metric: float(np.nanmean(values)) for metric, values in plan.metrics.of(None).items()}
-    result = Ablation(names(plan.sets[-1]) if plan.sets else [], plan.settings, clean)
-    result.effects = known_effects(earlier, plan.settings)
-    done = {(one["name"], *one["heads"]) for one in result.effects}
-    wanted = {way: [some for some in plan.sets if (way, *names(some)) not in done] for way in plan.interventions}
-    result.missing = [" ".join([way, *names(some)]) for way, sets in wanted.items() for some in sets] + [GREEDY]
+    result = Ablation(names(plan.sets[-1]) if plan.sets else [], plan.settings, clean, list(plan.known))
+    result.missing = [" ".join([way, *names(some)]) for way, sets in plan.wanted.items() for some in sets] + [GREEDY]
     with progress("ablating heads", plan.runs) as advance, suppress(KeyboardInterrupt):
-        for way, sets in wanted.items():
+        for way, sets in plan.wanted.items():
             made = effects_with_controls(
                 plan.metrics, way, sets, plan.interventions[way],
                 controls=CONTROLS, avoid=plan.avoid, seed=plan.seed, advance=advance,
@@ -106,6 +134,8 @@ def ablate(plan: AblationPlan, earlier: object = None, progress: Progress = sile
 
 def _greedy_order(plan: AblationPlan, advance: Advance) -> list[dict[str, Any]]:
     """Which head to knock out next, up to `MOST_GREEDY`, and the loss at repeats with all so far."""
+    if len(plan.greedy) == plan.greedy_steps:
+        return plan.greedy
     repeats = plan.drawn.repeats
     predictions = Predictions.of(repeats.tokens, continuing(repeats))
     runner = Runner(plan.model, repeats.tokens, predictions, batch_size=plan.batch_size)

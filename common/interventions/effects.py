@@ -4,19 +4,25 @@
    holds the same token. A *fresh* token stands before the row's first repeat. What is specific to induction is the rise
    of the loss at repeats beyond the rise at fresh tokens.
 2. The effect of an intervention on a metric is the mean over rows of (under the intervention) - (clean), with a 95 %
-   bootstrap interval over rows.
-3. Its control is the same intervention on as many other heads of the same layers, drawn at random several times:
-   the mean of their effects, row by row, with an interval made the same way.
+   interval over rows (common/heads/statistics.py).
+3. Its control is the same intervention on as many other heads of the same layers: `CONTROLS` different sets drawn at
+   random, or all that there are. Their effects differ widely, so each is kept: the lowest, the median and the highest
+   are reported, and the share that is at least as large as the real one.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache
+from importlib.metadata import version
+from itertools import combinations, product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jsonschema
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -33,8 +39,11 @@ if TYPE_CHECKING:
     from common.heads.detection import Detection
     from common.loading.model import Model
 
-CONTROLS = 3  # random sets of heads beside each set
+# Random sets of heads beside each set. Nine draws of one published set ran from 0.65 to 36 % (arXiv 2605.24059).
+CONTROLS = 20
 UNASKED = 60.0  # seconds that experiments may take without being asked for
+COMPUTED_BY = ("torch", "transformers", "transformer-lens", "numpy")  # packages whose version can change a number
+COMPUTING = ("attention", "loading", "heads", "circuits", "interventions")  # folders of common/ likewise
 METRICS = ("loss_at_repeats", "loss_at_fresh", "loss_difference")  # those that every intervention is measured by
 
 Effect = dict[str, Any]  # what `effect` returns, as results.json holds it
@@ -53,10 +62,9 @@ class Experiment:
     """Battery rows that no other part of the project draws, and what is measured on them.
 
     `found`: heads that attend to their targets are no controls (`avoid`). `first`: the battery row to begin at.
-    `settings`: what another run must share to go on from this one. `runs`: how many times rows are run, at most.
+    `settings`: everything that could change a number, which another run must share to go on from this one. `known`:
+    effects of such a run, which are not measured again. `runs`: how many times the rows will be run.
     """
-
-    runs = 1
 
     def __init__(self, model: Model, found: Detection, *, rows: int, first: int, seed: int, batch_size: int):
         length = min(ROW_LENGTH, model.context)
@@ -64,10 +72,22 @@ class Experiment:
         self.drawn = battery(model.ordinary(), model.bos, rows=rows, length=length, seed=seed, first=first)
         self.metrics = RowMetrics(model, self.drawn.repeats, batch_size=batch_size)
         self.avoid = [Head.at(*place) for place in np.argwhere(found.attends)]
+        self.known: list[Effect] = []
         self.settings: dict[str, object] = {
-            "fingerprint": model.fingerprint, "seed": seed, "rows": rows, "controls": CONTROLS,
-            "length": self.drawn.repeats.tokens.shape[1], "avoided": names(self.avoid),
+            "fingerprint": model.fingerprint, "dtype": str(model.dtype), "device": device_name(model),
+            "versions": {name: version(name) for name in COMPUTED_BY}, "code": code_version(), "seed": seed,
+            "batch_size": batch_size, "rows": rows, "tokens": _digest(self.drawn.repeats, self.drawn.controls),
+            "controls": CONTROLS, "avoided": names(self.avoid),
         }  # fmt: skip
+
+    @property
+    def runs(self) -> int:
+        """How many times the rows will be run."""
+        return 1
+
+    def run_once(self) -> None:
+        """One of the `runs`, without an intervention."""
+        self.metrics.losses(None)
 
     def ablations(self) -> dict[str, Intervene]:
         """The two interventions that take a head away, by name."""
@@ -77,10 +97,32 @@ class Experiment:
 
     def seconds(self) -> float:
         """How long all `runs` will take at the most, from the time of one."""
-        self.metrics.losses(None)  # a first run is slower
+        if not self.runs:
+            return 0.0
+        self.run_once()  # a first run is slower
         started = time.monotonic()
-        self.metrics.losses(None)
+        self.run_once()
         return (time.monotonic() - started) * self.runs
+
+
+def device_name(model: Model) -> str:
+    """The device, and which kind of GPU it is."""
+    device = model.device
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+@cache
+def code_version() -> str:
+    """SHA-256 over the source files of this project that compute a number."""
+    common, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(path for folder in COMPUTING for path in (common / folder).glob("*.py")):
+        digest.update(f"{path.relative_to(common).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _digest(*batches: TokenBatch) -> str:
+    """SHA-256 over the rows: they hang on seed and length, but also on the tokenizer's ordinary tokens."""
+    return hashlib.sha256(b"".join(batch.tokens.tobytes() for batch in batches)).hexdigest()
 
 
 class RowMetrics:
@@ -160,36 +202,47 @@ def continuation(
     return np.array(grown[len(tokens) :], dtype=np.int64)
 
 
-def with_interval(values: Floats, *, seed: int = 0) -> tuple[float, list[float]]:
-    """Mean of [rows] values and its 95 % bootstrap interval. Rows that are NaN are left out; NaN throughout where none
-    is left."""
+def with_interval(values: Floats) -> tuple[float, list[float]]:
+    """Mean of [rows] values and its 95 % interval. Rows that are NaN are left out; the interval is NaN where fewer than
+    two are left, the mean where none is."""
     values = values[~np.isnan(values)]
-    if not len(values):
-        return float("nan"), [float("nan")] * 2
-    return float(values.mean()), [float(end) for end in interval_over_rows(values, seed)]
+    mean = float(values.mean()) if len(values) else float("nan")
+    return mean, [float(end) for end in interval_over_rows(values)]
 
 
 def effect(
     name: str, heads: Sequence[Head], metric: str, clean: Floats, changed: Floats,
-    controls: Sequence[tuple[Sequence[Head], Floats]] = (), *, note: str | None = None, seed: int = 0,
+    controls: Sequence[tuple[Sequence[Head], Floats]] = (), *, exhaustive: bool = False, note: str | None = None,
 ) -> Effect:  # fmt: skip
     """The effect of an intervention on a metric, from its value per row, [rows], `clean` and `changed`.
 
-    `controls`: sets of random heads and the metric per row under the same intervention on them; `note`: why there are
-    none. Returns the `name` of the intervention and the `heads` it is made on; `clean`: the mean over rows without it,
-    `effect`: that of with - without, `interval`: its 95 % interval, `rows`: how many rows had the metric; `control`:
-    effect, interval and sets of `heads` of the controls, or None.
+    `controls`: sets of random heads and the metric per row under the same intervention on them; `exhaustive`: whether
+    these are all sets there are; `note`: why there are none. Returns the `name` of the intervention and the `heads` it
+    is made on; `clean`: the mean over rows without it, `effect`: that of with - without, `interval`: its 95 % interval,
+    `rows`: how many rows had the metric; `control`: as `beside` has it, or None.
     """
     counted = ~np.isnan(changed - clean)
-    mean_change, interval = with_interval(changed - clean, seed=seed)
-    control: dict[str, object] | None = None
-    if controls:
-        moved, ends = with_interval(np.mean([values - clean for _, values in controls], axis=0), seed=seed)
-        control = {"effect": moved, "interval": ends, "heads": [names(others) for others, _ in controls]}
+    mean_change, interval = with_interval(changed - clean)
+    drawn = [(names(others), with_interval(values - clean)[0]) for others, values in controls]
     return {
         "name": name, "heads": names(heads), "metric": metric,
         "clean": float(clean[counted].mean()) if counted.any() else float("nan"),
-        "effect": mean_change, "interval": interval, "rows": int(counted.sum()), "control": control, "note": note,
+        "effect": mean_change, "interval": interval, "rows": int(counted.sum()),
+        "control": beside(mean_change, drawn, exhaustive) if drawn else None, "note": note,
+    }  # fmt: skip
+
+
+def beside(real: float, drawn: Sequence[tuple[list[str], float]], exhaustive: bool) -> dict[str, object]:
+    """What random heads do beside a `real` effect: sets of heads with their effects, `drawn`, as results.json holds
+    them: their mean (`effect`), `lowest`, `median` and `highest`, and `share_as_large`, the share of draws whose effect
+    is at least as large as the real one in its direction."""
+    effects = np.array([moved for _, moved in drawn])
+    as_large = effects >= real if real >= 0 else effects <= real
+    return {
+        "effect": float(effects.mean()), "lowest": float(effects.min()), "median": float(np.median(effects)),
+        "highest": float(effects.max()), "draws": len(drawn), "exhaustive": exhaustive,
+        "share_as_large": float(as_large.mean()) if np.isfinite(real) else float("nan"),
+        "heads": [heads for heads, _ in drawn], "effects": effects.tolist(),
     }  # fmt: skip
 
 
@@ -200,38 +253,56 @@ def effects_with_controls(
     """Yield, for each set of heads (lowest layer first), the effect of `intervene(heads)` on every metric, as `name`.
 
     Each is set beside the same on `controls` layer-matched random sets, none of whose heads are in the set or in
-    `avoid`. `advance` is told of each set and each control done. Interrupted, what was yielded stays good.
+    `avoid`. A set of heads that serves several times is measured once. `advance` is told of each that is measured.
+    Interrupted, what was yielded stays good.
     """
     n_heads = metrics.runner.model.n_heads
-    clean = metrics.of(None)
+    clean, measured = metrics.of(None), {}
     for heads in sorted(sets, key=min):
-        measured = {}
-        for some in (heads, *layer_matched(heads, n_heads, count=controls, avoid=avoid, seed=seed)):
-            measured[some] = metrics.of(intervene(some))
-            advance(1)
-        changed, note = measured.pop(heads), no_control(heads, n_heads, avoid)
+        others = layer_matched(heads, n_heads, count=controls, avoid=avoid, seed=seed)
+        for some in (heads, *others):
+            if some not in measured:
+                measured[some] = metrics.of(intervene(some))
+                advance(1)
+        exhaustive = len(others) == matched_sets(heads, n_heads, avoid)
         yield [
-            effect(name, heads, metric, before, changed[metric],
-                   [(others, values[metric]) for others, values in measured.items()], note=note, seed=seed)
+            effect(name, heads, metric, before, measured[heads][metric],
+                   [(some, measured[some][metric]) for some in others],
+                   exhaustive=exhaustive, note=no_control(heads, n_heads, avoid))
             for metric, before in clean.items()
         ]  # fmt: skip
+
+
+def with_their_controls(
+    sets: Sequence[tuple[Head, ...]], n_heads: int, *, count: int, avoid: Collection[Head], seed: int
+) -> set[tuple[Head, ...]]:
+    """Every set of heads that `effects_with_controls` measures."""
+    drawn = (layer_matched(heads, n_heads, count=count, avoid=avoid, seed=seed) for heads in sets)
+    return {*sets, *(others for some in drawn for others in some)}
 
 
 def layer_matched(
     heads: Sequence[Head], n_heads: int, *, count: int, avoid: Collection[Head] = (), seed: int
 ) -> list[tuple[Head, ...]]:
-    """Up to `count` different random sets with as many heads in each layer as `heads` has, and none of `heads` or
-    `avoid` in them. Empty where a layer has too few others: heads of other layers would be no match."""
-    if no_control(heads, n_heads, avoid):
-        return []
-    pools, rng = _pools(heads, n_heads, avoid), np.random.default_rng(seed)
-    found: dict[tuple[Head, ...], None] = {}  # a set that keeps the order of drawing
-    for _ in range(20 * count):  # a small pool has fewer different sets than are asked for
-        chosen = {layer: rng.choice(pool, size, replace=False) for layer, (size, pool) in pools.items()}
-        found[tuple(sorted(Head.at(layer, head) for layer, picked in chosen.items() for head in picked))] = None
-        if len(found) == count:
-            break
+    """`count` different random sets with as many heads in each layer as `heads` has, and none of `heads` or `avoid` in
+    them; all there are where those are no more. Empty where a layer has too few others: heads of other layers would be
+    no match."""
+    pools = _pools(heads, n_heads, avoid)
+    if matched_sets(heads, n_heads, avoid) <= count:
+        every = ([Head.at(layer, head) for head in pool] for layer, (_, pool) in pools.items())
+        sizes = (size for size, _ in pools.values())
+        chosen = product(*(combinations(pool, size) for pool, size in zip(every, sizes, strict=True)))
+        return [tuple(sorted(head for some in picked for head in some)) for picked in chosen]
+    rng, found = np.random.default_rng(seed), dict[tuple[Head, ...], None]()  # a set that keeps the order of drawing
+    while len(found) < count:
+        drawn = {layer: rng.choice(pool, size, replace=False) for layer, (size, pool) in pools.items()}
+        found[tuple(sorted(Head.at(layer, head) for layer, picked in drawn.items() for head in picked))] = None
     return list(found)
+
+
+def matched_sets(heads: Sequence[Head], n_heads: int, avoid: Collection[Head] = ()) -> int:
+    """How many different sets `layer_matched` could draw."""
+    return math.prod(math.comb(len(pool), size) for size, pool in _pools(heads, n_heads, avoid).values())
 
 
 def no_control(heads: Sequence[Head], n_heads: int, avoid: Collection[Head] = ()) -> str | None:
@@ -254,24 +325,3 @@ def _pools(heads: Sequence[Head], n_heads: int, avoid: Collection[Head]) -> dict
 def names(heads: Sequence[Head]) -> list[str]:
     """`["5.1", "6.9"]`."""
     return [str(head) for head in heads]
-
-
-_NUMBER = {"type": ["number", "null"]}  # NaN is saved as null
-_ENDS = {"type": "array", "items": _NUMBER, "minItems": 2, "maxItems": 2}
-_HEADS = {"type": "array", "items": {"type": "string"}}
-_CONTROL = {"effect": _NUMBER, "interval": _ENDS, "heads": {"type": "array", "items": _HEADS}}
-_EFFECT = {
-    "name": {"type": "string"}, "heads": _HEADS, "metric": {"type": "string"}, "clean": _NUMBER, "effect": _NUMBER,
-    "interval": _ENDS, "rows": _NUMBER, "note": {"type": ["string", "null"]},
-    "control": {"type": ["object", "null"], "required": list(_CONTROL), "properties": _CONTROL},
-}  # fmt: skip
-_FORM = {"type": "object", "required": list(_EFFECT), "properties": {**_EFFECT, "sender": {"type": "string"}}}
-
-
-def known_effects(earlier: object, settings: Mapping[str, object]) -> list[Effect]:
-    """The effects of an earlier result that was measured with the same settings; none of anything else."""
-    # It was read from a file that anybody may have written: nothing is taken for granted.
-    if not isinstance(earlier, dict) or earlier.get("settings") != settings:
-        return []
-    effects: Any = earlier.get("effects")
-    return effects if jsonschema.Draft202012Validator({"type": "array", "items": _FORM}).is_valid(effects) else []

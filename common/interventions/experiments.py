@@ -78,7 +78,6 @@ class ExperimentPlan(Experiment):
         self.clean = Recordings(model, self.drawn.repeats.tokens, batch_size=batch_size)
         self.senders = [Head.at(*place) for place in np.ndindex(receiver.layer, model.n_heads)]
         self.units: list[tuple[str, Head]] = [(kind, head) for head in heads for kind in REPLACEMENTS]
-        self.runs = len(self.units) * (1 + CONTROLS) + len(self.senders) * (1 + len(PATHS))
         self.units += [(which, receiver) for which in (WHOLE, *PATHS) if self.senders]
         others = Recordings(model, self.drawn.controls.tokens[donor_rows(EXPERIMENT_ROWS, seed)], batch_size=batch_size)
         self.replacements: dict[str, Intervene] = {
@@ -89,6 +88,31 @@ class ExperimentPlan(Experiment):
         }
         self._measured: dict[tuple[str | None, Head], dict[str, Floats]] = {}
 
+    @property
+    def wanted(self) -> list[tuple[str, Head]]:
+        """The units whose effects are not known yet."""
+        done = {(one["name"], *one["heads"]) for one in self.known}
+        return [(which, head) for which, head in self.units if (which, str(head)) not in done]
+
+    @property
+    def runs(self) -> int:
+        """How many times the rows will be run."""
+        runs, paths = set[tuple[str | None, Head]](), 0
+        for which, head in self.wanted:
+            if which in REPLACEMENTS:
+                runs |= {(kind, some) for some in (head, *self.controls(head)) for kind in (None, which)}
+            else:
+                runs, paths = runs | {(None, head)}, paths + 1
+        return len(runs) + paths * len(self.senders)
+
+    def run_once(self) -> None:
+        self.measure(None, self.receiver)
+
+    def controls(self, head: Head) -> list[Head]:
+        """Random heads of its layer."""
+        some = effects.layer_matched([head], self.model.n_heads, count=CONTROLS, avoid=self.avoid, seed=self.seed)
+        return [other for (other,) in some]
+
     def measure(self, intervention: Intervention | None, head: Head) -> dict[str, Floats]:
         """The head's prefix matching and the losses, each per row [rows], under intervention."""
         own = self.metrics.prefix_matching(head, intervention)
@@ -98,22 +122,19 @@ class ExperimentPlan(Experiment):
         """As `measure`, under one of `REPLACEMENTS` on the head itself (None: clean); every head is run once."""
         if (kind, head) not in self._measured:
             self._measured[kind, head] = self.measure(self.replacements[kind]([head]) if kind else None, head)
-        advance(kind is not None)
+            advance(1)
         return self._measured[kind, head]
 
 
-def run_experiments(plan: ExperimentPlan, earlier: object = None, progress: Progress = silent) -> Experiments:
-    """Replace the heads' parts one by one, and walk every path into the receiver.
-
-    `earlier`: {settings, effects} of an earlier run; with the same settings, its effects are not measured again. What
-    the model's architecture does not allow is refused, and the rest done. On Ctrl-C what is done is kept, and `missing`
-    says what is not.
+def run_experiments(plan: ExperimentPlan, progress: Progress = silent) -> Experiments:
+    """Replace the heads' parts one by one, and walk every path into the receiver; what the plan knows is not measured
+    again. What the model's architecture does not allow is refused, and the rest done. On Ctrl-C what is done is kept,
+    and `missing` says what is not.
     """
-    known = effects.known_effects(earlier, plan.settings)
     result = Experiments(plan.settings, missing=[f"{which} of {head}" for which, head in plan.units])
     with progress("intervening", plan.runs) as advance, suppress(KeyboardInterrupt):
         for (which, head), label in zip(plan.units, tuple(result.missing), strict=True):
-            before = [one for one in known if (one["name"], one["heads"]) == (which, [str(head)])]
+            before = [one for one in plan.known if (one["name"], one["heads"]) == (which, [str(head)])]
             try:
                 result.effects += before or _done(plan, which, head, advance)
             except UserError as error:
@@ -132,21 +153,23 @@ def _replacement_effects(plan: ExperimentPlan, kind: str, head: Head, advance: A
     """The effect of one of `REPLACEMENTS` on every metric, beside random heads of the layer."""
     clean, changed = (plan.changed(which, head, advance) for which in (None, kind))
     moved = {}
-    for (other,) in effects.layer_matched([head], plan.model.n_heads, count=CONTROLS, avoid=plan.avoid, seed=plan.seed):
+    for other in plan.controls(head):
         before, after = (plan.changed(which, other, advance) for which in (None, kind))
         moved[other] = {metric: after[metric] - before[metric] for metric in before}
-    note = effects.no_control([head], plan.model.n_heads, plan.avoid)
-    found = []
+    found, n_heads = [], plan.model.n_heads
+    note = effects.no_control([head], n_heads, plan.avoid)
+    exhaustive = len(moved) == effects.matched_sets([head], n_heads, plan.avoid)
     for metric in ("prefix_matching", *METRICS):
         # Its own prefix matching starts from another value for every control: what counts is how far it moves.
         controls = [([other], clean[metric] + move[metric]) for other, move in moved.items()]
-        found.append(effect(kind, [head], metric, clean[metric], changed[metric], controls, note=note, seed=plan.seed))
+        rows = clean[metric], changed[metric]
+        found.append(effect(kind, [head], metric, *rows, controls, exhaustive=exhaustive, note=note))
     return found
 
 
 def _path_effects(plan: ExperimentPlan, which: str, advance: Advance) -> list[PathEffect]:
     """The effect of every sender on the receiver by one kind of path, each beside the other heads of its layer."""
-    clean, changed = plan.changed(None, plan.receiver), {}
+    clean, changed = plan.changed(None, plan.receiver, advance), {}
     # All that paths read of the clean run is recorded in one pass over the rows: cheaper than one by one.
     points = ("z", "projected", "attn_out", "resid_pre", "resid_post")
     plan.clean.fetch(set(product(range(plan.receiver.layer), points)))
@@ -163,7 +186,7 @@ def _path_effects(plan: ExperimentPlan, which: str, advance: Advance) -> list[Pa
         for metric in PATH_METRICS:
             controls = [([other], changed[other][metric]) for other in others]
             after = changed[sender][metric]
-            one = effect(which, [plan.receiver], metric, clean[metric], after, controls, seed=plan.seed)
+            one = effect(which, [plan.receiver], metric, clean[metric], after, controls, exhaustive=True)
             found.append({**one, "sender": str(sender)})
     return found
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jsonschema
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from common.interventions.effects import Experiment
     from common.loading.model import Model
 
-SCHEMA = 2  # of results.json; since 1, `lead` became `score_advantage`, `forbid` `knockout`, and `arguments` came
+SCHEMA = 3  # of results.json; since 2, controls show each draw, one text has no interval
 PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "scikit-learn", "matplotlib")
-EFFECTS = Path(__file__).with_name("effects.schema.json")
 
 
 class Note(NamedTuple):
@@ -227,11 +227,47 @@ def rows_at_once(model: Model, encoded: Sequence[tuple[int, str, Ints]], asked: 
     return asked or batches.batch_size(model, max([ROW_LENGTH, *(len(tokens) for *_, tokens in encoded)]))
 
 
-def resumable(effects: object, metrics: Mapping[bool, int]) -> bool:
-    """Whether `effects` of an earlier results.json can be used again: whole effects by the schema, and of each head as
-    many as there are `metrics`, where the key says whether it is a path's. People edit files, and disks fill up."""
-    if not jsonschema.Draft202012Validator(json.loads(EFFECTS.read_text(encoding="utf-8"))).is_valid(effects):
-        return False
-    assert isinstance(effects, list)  # the schema says so; mypy does not know
-    found = Counter((one["name"], *one["heads"], one.get("sender")) for one in effects)
-    return all(count == metrics[sender is not None] for (*_, sender), count in found.items())
+def go_on_from(
+    earlier: object, part: str, plan: Experiment, metrics: Mapping[bool, int], notes: Notes
+) -> Mapping[str, Any] | None:
+    """The `part` of an earlier results.json, "ablation" or "experiments" with its `effects`, where it can be used again
+    by `plan`: everything that could change a number is the same. None where there is none, and where there is one that
+    is of no use: `notes` say why.
+
+    `earlier`: what a file held, taken for nothing: people edit files, and disks fill up. `metrics`: how many there are
+    of each intervention; the key says whether it is a path's.
+    """
+    if earlier is None or isinstance(earlier, Mapping) and earlier.get(part) is None:
+        return None
+    found = earlier.get(part) if isinstance(earlier, Mapping) else None
+    settings = found.get("settings") if isinstance(found, Mapping) else None
+    if not isinstance(earlier, Mapping) or not isinstance(found, Mapping) or not isinstance(settings, Mapping):
+        notes.warn(f"the earlier results.json is malformed: it is ignored, the {part} measured anew")
+        return None
+    wanted = files.jsonable(plan.settings)
+    if changed := sorted(key for key in {*wanted, *settings} if wanted.get(key) != settings.get(key)):
+        notes.say(f"the earlier {part} differ in {', '.join(changed)}: measured anew")
+        return None
+    if part == "experiments":
+        found = {**found, "effects": earlier.get("interventions")}
+    if wrong := _malformed(found, part, metrics):
+        notes.warn(f"the earlier results.json is malformed ({wrong}): it is ignored, the {part} measured anew")
+        return None
+    return {**found, "effects": [one for one in found["effects"] if None not in (one["effect"], *one["interval"])]}
+
+
+def _malformed(found: Mapping[str, Any], part: str, metrics: Mapping[bool, int]) -> str | None:
+    """What is wrong with a part of results.json by its published schema, or None."""
+    which = "induction" if part == "ablation" else "qk"
+    schema = json.loads(Path(__file__).with_name(f"{which}.schema.json").read_text(encoding="utf-8"))
+    form = schema["properties"][part]
+    if part == "experiments":
+        (one,) = (each for each in form["anyOf"] if each["type"] == "object")
+        form = {**one, "required": [*one["required"], "effects"],
+                "properties": {**one["properties"], "effects": schema["properties"]["interventions"]}}  # fmt: skip
+    for error in jsonschema.Draft202012Validator({**form, "$defs": schema["$defs"]}).iter_errors(found):
+        return f"{error.json_path}: {error.message[:80]}"
+    counted = Counter((one["name"], *one["heads"], one.get("sender")) for one in found["effects"])
+    if any(count != metrics.get(sender is not None) for (*_, sender), count in counted.items()):
+        return "an intervention has not all of its metrics"
+    return None

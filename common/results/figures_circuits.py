@@ -254,10 +254,11 @@ def part_figure(effects: Sequence[Row], title: str) -> Figure:
     legend = [
         Entry("prefix matching; loss at repeats", "circle", MARK),
         Entry("loss at fresh tokens", "triangle-up", BLUE),
-        Entry("the same on random heads of the layer", "square", "0.45"),
+        Entry("the first of these on random heads of the layer: median and range", "square", "0.45"),
+        Entry(figures_heads.EACH_DRAW, "tick", figures_heads.DRAWN),
     ]
     drawn = any(one["control"] for one in effects)
-    return Figure(title, [[own, loss]], 11.5, 4.4, legend if drawn else legend[:2], legend_columns=3)
+    return Figure(title, [[own, loss]], 11.5, 4.4, legend if drawn else legend[:2], legend_columns=4)
 
 
 def _part_panel(effects: Sequence[Row], metrics: Mapping[str, str], title: str) -> Panel:
@@ -266,7 +267,9 @@ def _part_panel(effects: Sequence[Row], metrics: Mapping[str, str], title: str) 
     first, unit = next(iter(metrics)), "" if "prefix_matching" in metrics else " (nats)"
     shown = [kind for kind in REPLACED if (kind, first) in found]
     names, controls = [REPLACED[kind] for kind in shown], [found[kind, first]["control"] for kind in shown]
-    marks = [figures_heads.interval_marks(controls, names, "random heads of the layer", "square", "0.45", 0.0)]
+    medians = [figures_heads.control_row(one) for one in controls]
+    marks = [figures_heads.interval_marks(medians, names, "random heads of the layer", "square", "0.45", 0.0)]
+    marks.append(figures_heads.draw_marks(controls))
     drawn = (("circle", MARK, -0.17), ("triangle-up", BLUE, 0.17))
     for (metric, said), look in zip(metrics.items(), drawn, strict=False):
         rows = [found.get((kind, metric)) for kind in shown]

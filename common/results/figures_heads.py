@@ -211,18 +211,20 @@ def ablation_figure(effects: Sequence[Row], title: str) -> Figure:
     kinds = [kind for kind in ABLATION_TITLES if any(one["name"] == kind for one in effects)]
     made = [_ablation_panel([one for one in effects if one["name"] == kind], ABLATION_TITLES[kind]) for kind in kinds]
     series = [marks for panel in made for marks in panel.elements if isinstance(marks, Marks) and marks.x]
-    legend = [Entry(said, shape, colour) for said, (shape, colour, _) in _LOSSES.items()
+    looks = {said: look[:2] for said, look in _LOSSES.items()} | {EACH_DRAW: ("tick", DRAWN)}
+    legend = [Entry(said, shape, colour) for said, (shape, colour) in looks.items()
               if any(marks.shape == shape for marks in series)]  # fmt: skip
     rows = max(len({tuple(one["heads"]) for one in effects}), 2)
     height = len(kinds) * (0.34 * rows + 1.1) + 0.9
-    return Figure(title, [[panel] for panel in made], 8.0, height, legend, legend_columns=3)
+    return Figure(title, [[panel] for panel in made], 8.0, height, legend, legend_columns=2)
 
 
 _LOSSES = {  # what is drawn -> shape, colour, how far below the middle of its line
     "loss at repeats": ("circle", MARK, -0.15),
     "loss at fresh tokens": ("triangle-up", BLUE, 0.15),
-    "loss at repeats, random heads of the same layers": ("square", "0.45", 0.0),
+    "loss at repeats, random heads of the same layers: median and range": ("square", "0.45", 0.0),
 }
+EACH_DRAW, DRAWN = "each of these draws", "0.6"  # how it is called and its colour
 
 
 def _ablation_panel(effects: Sequence[Row], title: str) -> Panel:
@@ -231,8 +233,10 @@ def _ablation_panel(effects: Sequence[Row], title: str) -> Panel:
     fresh = {tuple(one["heads"]): one for one in effects if one["metric"] == "loss_at_fresh"}
     heads = [" ".join(one["heads"]) for one in at_repeats]
     beside = [fresh.get(tuple(one["heads"])) for one in at_repeats]
-    rows: tuple[Sequence[Row | None], ...] = at_repeats, beside, [one["control"] for one in at_repeats]
+    controls = [one["control"] for one in at_repeats]
+    rows: tuple[Sequence[Row | None], ...] = at_repeats, beside, [control_row(one) for one in controls]
     marks = [interval_marks(of, heads, said, *_LOSSES[said]) for said, of in zip(_LOSSES, rows, strict=True)]
+    marks.append(draw_marks(controls))
     names = [heads[at] if len(one["heads"]) == 1 else f"all {len(one['heads'])}" for at, one in enumerate(at_repeats)]
     x = Axis("rise of the loss (nats), 95 % interval over rows", grid=True)
     return Panel(x, listed(names, "head taken away"), [Rule("x", 0.0), *marks], title)
@@ -247,6 +251,22 @@ def interval_marks(
     hover = [f"{names[place]}\n{said}: {row['effect']:+.3f}{_interval(row['interval'])}" for place, row in at]
     x, y = [row["effect"] for _, row in at], [place + shift for place, _ in at]
     return Marks(x, y, shape, colour, ends=ends, hover=hover, heads=[names[place] for place, _ in at])
+
+
+def control_row(control: Row | None) -> Row | None:
+    """Random heads as a row that `interval_marks` takes: their median, from the lowest to the highest."""
+    if control is None:
+        return None
+    return {"effect": control["median"], "interval": [control["lowest"], control["highest"]]}
+
+
+def draw_marks(controls: Sequence[Row | None]) -> Marks:
+    """A thin mark for each draw of random heads, on the line of its row."""
+    drawn = [(place, heads, moved) for place, control in enumerate(controls) if control
+             for heads, moved in zip(control["heads"], control["effects"], strict=True) if known(moved)]  # fmt: skip
+    hover = [f"{' '.join(heads)}, drawn at random: {moved:+.3f}" for _, heads, moved in drawn]
+    x, y = [moved for *_, moved in drawn], [float(place) for place, *_ in drawn]
+    return Marks(x, y, "tick", DRAWN, size=11.0, hover=hover)  # longer than the square that marks the median
 
 
 # --- a row of results.json in words ---

@@ -59,13 +59,22 @@ def output_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def prepare(final: Path) -> dict[str, object]:
-    """What results.json in `final` holds, {} where there is none, after what a killed run left is finished or removed.
+def prepare(final: Path) -> object:
+    """What results.json in `final` holds, None where there is none, and its text where that is no JSON; after what a
+    killed run left is finished or removed.
 
     Called before the long work: raises UserError where nothing can be written to `final`.
     """
     with _held(final) as (place, _):
-        return _content_of(place / RESULTS)
+        if not (place / RESULTS).is_file():
+            return None
+        text = ""
+        try:
+            text = (place / RESULTS).read_text(encoding="utf-8", errors="replace")
+            content: object = json.loads(text)
+        except (OSError, ValueError, RecursionError):
+            return text
+        return text if content is None else content
 
 
 @contextmanager

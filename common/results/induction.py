@@ -29,12 +29,12 @@ from common.heads.metrics import Metrics
 from common.heads.scores import patterns
 from common.heads.statistics import Floats, Ints, interval_over_rows
 from common.heads.survey import Survey, copying, survey
-from common.heads.texts import FEW, TextScores, score_text
+from common.heads.texts import CONTROL_ROWS, FEW, TextScores, score_text
 from common.heads.tokens import HEAD_TYPES
 from common.interventions import ablation, causal_labels, effects
 from common.interventions.ablation import Ablation
 from common.results import figures_heads, files, page, tables
-from common.results.analysis import Analysis, Note, Notes, Provenance, encode, ignore, resumable, rows_at_once
+from common.results.analysis import Analysis, Note, Notes, Provenance, encode, go_on_from, ignore, rows_at_once
 from common.results.spec import Figure
 from common.results.tables import HeadOnText, HeadRow, Screenful, pairs
 
@@ -72,8 +72,11 @@ class TextResult(Screenful):
         rests_on += ", which is few" if self.queries < FEW else ""
         if not self.induction_at_work:
             return f"Text {self.number}: no induction head is at work ({rests_on})."
-        matching = self.scores.scores.mean("prefix_matching")
+        matching, highest = self.scores.scores.mean("prefix_matching"), self.scores.highest
         named = ", ".join(f"{head} ({matching[head.place]:.2f})" for head in self.induction_at_work[:6])
+        if highest is not None:
+            most = max(float(highest[head.place]) for head in self.induction_at_work)
+            rests_on += f"; at most {most:.2f} on {CONTROL_ROWS} control texts"
         return f"Text {self.number}: induction is at work: {named}; {rests_on}."
 
     def summary(self) -> Iterable[str]:
@@ -176,7 +179,7 @@ class InductionHeads(Analysis):
 def find_induction_heads(
     model: Model, sequences: Sequence[str] = (), *, threshold: float | None = None, labels: str | None = None,
     ablate: bool | None = None, seed: int = 0, batch_size: int | None = None,
-    earlier: Mapping[str, object] | None = None, progress: Progress = silent, hear: Callable[[Note], None] = ignore,
+    earlier: object = None, progress: Progress = silent, hear: Callable[[Note], None] = ignore,
 ) -> InductionHeads:  # fmt: skip
     """Find the induction heads of `model`, and look at what they do on the texts of `sequences`.
 
@@ -184,7 +187,7 @@ def find_induction_heads(
     of a file or of a published set, "published", "causal" (measured now), "none", or None: the model's own, else what
     was published for its very weights; `ablate`: whether to measure the loss without the induction heads, None: where
     that takes less than a minute; `batch_size`: rows per forward pass, None: as many as help and fit; `earlier`: the
-    content of an earlier results.json, whose ablation is used again where it was made with the same settings;
+    content of an earlier results.json, whose ablation is used again where everything that could change it is the same;
     `progress(what, total)`: entered for each long step, told of each finished part; `hear`: told of each note at once.
 
     Raises UserError for a text longer than the model's context, for texts none of which has two tokens, for wrong
@@ -205,7 +208,7 @@ def find_induction_heads(
         if measured.evidence.no_direct_path:
             notes.warn(f"no direct effect and no copying: {measured.evidence.no_direct_path}")
         direct = copying(model, measured)
-        ablated = _ablate(model, measured, ablate, options, earlier or {}, progress, notes)
+        ablated = _ablate(model, measured, ablate, options, earlier, progress, notes)
         texts = tuple(
             _text(model, measured, number, text, ids, score_text(model, ids, **options, threshold=threshold))
             for number, text, ids in encoded
@@ -229,7 +232,7 @@ def _agreement(found: Detection, truth: Labels) -> Metrics:
 
 
 def _ablate(
-    model: Model, measured: Survey, wanted: bool | None, options: Mapping[str, int], earlier: Mapping[str, object],
+    model: Model, measured: Survey, wanted: bool | None, options: Mapping[str, int], earlier: object,
     progress: Progress, notes: Notes,
 ) -> Ablation | None:  # fmt: skip
     """What the model loses without its induction heads; None where there are none, or where it was left out."""
@@ -241,13 +244,12 @@ def _ablate(
     except UserError as error:  # the rest of the result is worth having all the same
         notes.warn(f"no ablation: {error}")
         return None
+    if before := go_on_from(earlier, "ablation", plan, {False: ABLATION_METRICS}, notes):
+        plan.go_on(before)
     if wanted is None and (seconds := plan.seconds()) > effects.UNASKED:
         notes.say(f"ablation left out: it would take about {seconds / 60:.0f} minutes; --ablate does it")
         return None
-    before = earlier.get("ablation")
-    if not (isinstance(before, dict) and resumable(before.get("effects"), {False: ABLATION_METRICS})):
-        before = None
-    ablated = ablation.ablate(plan, before, progress)
+    ablated = ablation.ablate(plan, progress)
     for kind, why in ablated.impossible.items():
         notes.warn(f"no ablation by '{kind}': {why}")
     return ablated
@@ -285,6 +287,8 @@ def _text(model: Model, measured: Survey, number: int, text: str, ids: Ints, on_
     ranked = [place for place in order if found.induction[place]]
     if attention:
         columns |= {"control": attention.control, "threshold": attention.threshold, "attends": attention.attends}
+        if on_text.highest is not None:
+            columns["control_highest"] = on_text.highest
     at_work = (place for place in ranked if attention and attention.attends[place])
     return TextResult(
         number=number, text=text, tokens=tuple(model.strings(ids)), ids=ids, queries=on_text.queries,

@@ -33,7 +33,7 @@ from common.interventions import effects, experiments
 from common.interventions.effects import PathEffect
 from common.interventions.experiments import Experiments
 from common.results import figures_circuits, figures_heads, files, page, tables
-from common.results.analysis import Analysis, Note, Notes, Provenance, encode, ignore, resumable, rows_at_once
+from common.results.analysis import Analysis, Note, Notes, Provenance, encode, go_on_from, ignore, rows_at_once
 from common.results.spec import Figure
 from common.results.tables import TERMS, Screenful, shortened
 
@@ -274,7 +274,7 @@ class QKAnalysis(Analysis):
 def analyse_qk(
     model: Model, sequences: Sequence[str], layer: int | str = "auto", *, head: int | str = "auto",
     threshold: float | None = None, interventions: bool | None = None, seed: int = 0, batch_size: int | None = None,
-    earlier: Mapping[str, object] | None = None, progress: Progress = silent, hear: Callable[[Note], None] = ignore,
+    earlier: object = None, progress: Progress = silent, hear: Callable[[Note], None] = ignore,
 ) -> QKAnalysis:  # fmt: skip
     """Show what the queries of one layer look for on the texts of `sequences`, and which parts of the model make them.
 
@@ -282,8 +282,8 @@ def analyse_qk(
     layer) or "all"; `threshold`: one number in [0, 1] for all heads in place of their own; `interventions`: whether to
     replace parts of heads and cut paths, None: where that takes less than a minute; `batch_size`: rows per forward
     pass, None: as many as help and fit; `earlier`: the content of an earlier results.json, whose interventions are used
-    again where they were made with the same settings; `progress(what, total)`: entered for each long step, told of each
-    finished part; `hear`: told of each note at once.
+    again where everything that could change them is the same; `progress(what, total)`: entered for each long step, told
+    of each finished part; `hear`: told of each note at once.
 
     Raises UserError for a layer or head that does not exist, for a map that is not the model's own, for a text longer
     than the context, and where no text has two tokens. After Ctrl-C during the interventions, what was measured is
@@ -307,7 +307,7 @@ def analyse_qk(
         composition, pair, circuits = _weigh(model, chosen, previous_token, seed, texts, notes)
         done = None
         if interventions is not False:
-            done = _intervene(model, chosen, found, interventions, options, earlier or {}, progress, notes)
+            done = _intervene(model, chosen, found, interventions, options, earlier, progress, notes)
     arguments: dict[str, object] = {
         "layer": chosen.layer,
         "head": "all" if head == "all" else chosen.leading,
@@ -387,20 +387,19 @@ def _weigh(
 
 def _intervene(
     model: Model, chosen: Chosen, found: Detection, wanted: bool | None, options: Mapping[str, int],
-    earlier: Mapping[str, object], progress: Progress, notes: Notes,
+    earlier: object, progress: Progress, notes: Notes,
 ) -> Experiments | None:  # fmt: skip
     """What the chosen heads' parts do, and the paths into the leading one; None where that would take long."""
     heads = [Head.at(chosen.layer, head) for head in chosen.heads]
     receiver = Head.at(chosen.layer, chosen.leading)
     plan = experiments.ExperimentPlan(model, heads, receiver, found, **options)
+    metrics = {False: PART_METRICS, True: len(experiments.PATH_METRICS)}
+    if before := go_on_from(earlier, "experiments", plan, metrics, notes):
+        plan.known = list(before["effects"])
     if wanted is None and (seconds := plan.seconds()) > effects.UNASKED:
         notes.say(f"interventions left out: they would take {seconds / 60:.0f} minutes; --interventions does them")
         return None
-    metrics = {False: PART_METRICS, True: len(experiments.PATH_METRICS)}
-    before = earlier.get("experiments")
-    if isinstance(before, dict) and resumable(earlier.get("interventions"), metrics):
-        before = {**before, "effects": earlier.get("interventions")}
-    done = experiments.run_experiments(plan, before, progress)
+    done = experiments.run_experiments(plan, progress)
     # Many kinds of paths are refused for one and the same reason, which is said once.
     for reason in sorted(set(done.refused.values())):
         notes.warn(reason)

@@ -6,7 +6,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +30,12 @@ TERM_COLUMNS = ("query source", "key source", "part of the score advantage")
 PART_COLUMNS = ("replaced", "prefix matching", "loss at repeats", "random heads", "at fresh")
 PARTS_REPLACED = {
     "uniform": "pattern, uniform",
-    "pattern": "pattern, another row's",
+    "pattern": "pattern, other row",
     "query": "query",
     "key": "key",
     "values": "values",
-    "knockout": "induction cells knocked out",
-    "mean": "whole head, its mean",
+    "knockout": "cells knocked out",
+    "mean": "whole head, mean",
 }
 
 Interval = tuple[float | None, float | None]
@@ -114,7 +114,8 @@ class HeadRow(Screenful):
 
 @dataclass(frozen=True, repr=False)
 class HeadOnText(Screenful):
-    """One head's scores on one text, each in [0, 1]. None: no token of the text repeats."""
+    """One head's scores on one text, each in [0, 1]; `control` is the mean over control texts, `control_highest` the
+    highest of them. One text is one draw: its score has no interval. None: no token of the text repeats."""
 
     layer: int
     head: int
@@ -126,6 +127,7 @@ class HeadOnText(Screenful):
     control: float | None = None
     threshold: float | None = None
     attends: bool | None = None
+    control_highest: float | None = None
 
 
 def rows(make: Callable[..., Made], columns: Mapping[str, NDArray[np.generic]]) -> tuple[Made, ...]:
@@ -188,12 +190,26 @@ def ablation_clause(ablation: Ablation) -> str:
     gained = ablation.clean["loss_at_fresh"] - ablation.clean["loss_at_repeats"]
     low, high = one["interval"]
     control = one["control"]
-    beside = f"random heads of the same layers: {control['effect']:+.2f}" if control else one["note"]
+    beside = f"random heads of the same layers: {spread(control)}, {drawn(control)}" if control else one["note"]
     return (
         f"; without {'them' if len(ablation.together) > 1 else 'it'} (mean ablation) the model loses "
         f"{one['effect']:.2f} of the {gained:.2f} nats that it gains from repeats "
         f"(95 %: {low:.2f} to {high:.2f}; {beside})"
     )
+
+
+def spread(control: Mapping[str, Any]) -> str:
+    """The median effect of random heads, and the lowest and the highest."""
+    median, low, high = (_change(control[key]) for key in ("median", "lowest", "highest"))
+    return f"{median} [{low}, {high}]"
+
+
+def drawn(control: Mapping[str, Any]) -> str:
+    """How many sets of random heads were taken."""
+    count = control["draws"]
+    if not control["exhaustive"]:
+        return f"{count} draws"
+    return f"all {count} sets there are" if count > 1 else "the only set there is"
 
 
 def other_heads(heads: Sequence[HeadRow]) -> str:
@@ -225,7 +241,7 @@ def part_lines(effects: Sequence[PathEffect], head: str) -> list[list[str]]:
     lines = []
     for kind in (kind for kind in PARTS_REPLACED if (kind, "prefix_matching") in of):
         own, repeats, fresh = (of[kind, metric] for metric in ("prefix_matching", "loss_at_repeats", "loss_at_fresh"))
-        beside = _change(repeats["control"]["effect"]) if repeats["control"] else "none left"
+        beside = spread(repeats["control"]) if repeats["control"] else "none left"
         changes = _with_interval(own), _with_interval(repeats), beside, _change(fresh["effect"])
         lines.append([PARTS_REPLACED[kind], *changes])
     return lines
@@ -233,12 +249,14 @@ def part_lines(effects: Sequence[PathEffect], head: str) -> list[list[str]]:
 
 def part_sentence(effects: Sequence[PathEffect], head: str) -> str:
     """What the lines are about, and the level of each metric before."""
-    clean = {one["metric"]: one for one in effects if one["heads"] == [head]}
+    clean = {one["metric"]: one for one in effects if one["heads"] == [head] and "sender" not in one}
     pattern, repeats, fresh = (clean[metric] for metric in ("prefix_matching", "loss_at_repeats", "loss_at_fresh"))
+    control = repeats["control"]
+    beside = f"\n(median [lowest, highest] of {drawn(control)})" if control else ""
     return (
         f"Head {head}, one part replaced (before: prefix matching {pattern['clean']:.2f}, loss {repeats['clean']:.2f} "
         f"at repeats, {fresh['clean']:.2f} at fresh tokens):\nchange over {pattern['rows']} rows [95 % interval], and "
-        "that of the loss at repeats on random heads of the layer"
+        f"that of the loss at repeats on random heads of the layer{beside}"
     )
 
 
@@ -272,7 +290,9 @@ def _with_interval(one: PathEffect) -> str:
     return f"{_change(one['effect'])} [{_change(low)}, {_change(high)}]"
 
 
-def _change(value: float) -> str:
-    """Two digits and a sign, but none for what is 0.00."""
+def _change(value: float | None) -> str:
+    """Two digits and a sign, but none for what is 0.00; a dash where it was not measured."""
+    if value is None or np.isnan(value):
+        return "–"
     text = f"{value:+.2f}"  # -0.00 would look like an effect
     return text if float(text) else "0.00"

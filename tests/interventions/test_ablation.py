@@ -13,7 +13,7 @@ import pytest
 from common.attention.head import Head
 from common.heads.tokens import battery, continuing
 from common.interventions import ablation, effects
-from common.interventions.ablation import AblationPlan, ablate, known_effects
+from common.interventions.ablation import AblationPlan, ablate
 from common.interventions.edits import Recordings, knockout, mean, position_classes
 from tests.oracle import traces
 
@@ -128,11 +128,11 @@ def test_the_bar_is_told_of_every_run_and_of_no_more_than_were_promised(random_g
         yield told.append
 
     plan = plan_of(random_gpt2)
-    ablate(plan, None, progress)
-    # per way: three sets with three controls each; greedy tries two heads and then the one that is left
-    assert sum(told) == 2 * 3 * (1 + 3) + 2 + 1
-    assert promised == [plan.runs]
-    assert promised[0] >= sum(told)
+    ablate(plan, progress)
+    # Per way: three sets; for 2.1 the three others of its layer, for 1.2 likewise, for both all 3 x 3 pairs of them.
+    # Greedy tries two heads and then the one that is left.
+    assert sum(told) == 2 * (3 + 3 + 3 + 9) + 2 + 1
+    assert promised == [plan.runs] == [sum(told)]
 
 
 # --- interruption, and going on ---
@@ -157,7 +157,7 @@ def stopping_after(count: int):
 
 def test_an_interruption_keeps_whole_sets_and_says_what_is_missing(random_gpt2, done):
     before = traces(random_gpt2)
-    part = ablate(plan_of(random_gpt2), None, stopping_after(6))  # one set with its controls, and half of the next
+    part = ablate(plan_of(random_gpt2), stopping_after(6))  # one set with its controls, and part of the next
     assert {(one["name"], *one["heads"]) for one in part.effects} == {("mean", "1.2")}, "the lowest layer comes first"
     assert part.effects == [one for one in done.effects if (one["name"], one["heads"]) == ("mean", ["1.2"])]
     assert part.missing == [
@@ -168,7 +168,7 @@ def test_an_interruption_keeps_whole_sets_and_says_what_is_missing(random_gpt2, 
 
 
 def test_another_run_goes_on_where_one_was_interrupted(random_gpt2, done, monkeypatch):
-    part = json.loads(json.dumps(ablate(plan_of(random_gpt2), None, stopping_after(6)).as_json()))
+    part = json.loads(json.dumps(ablate(plan_of(random_gpt2), stopping_after(6)).as_json()))
     asked, honest = [], effects.effects_with_controls
 
     def watched(metrics, name, sets, *rest, **options):
@@ -176,86 +176,25 @@ def test_another_run_goes_on_where_one_was_interrupted(random_gpt2, done, monkey
         return honest(metrics, name, sets, *rest, **options)
 
     monkeypatch.setattr(ablation, "effects_with_controls", watched)
-    resumed = ablate(plan_of(random_gpt2), part)
+    plan = plan_of(random_gpt2)
+    plan.go_on(part)
+    assert plan.runs == (1 + 3 + 1 + 9) + (3 + 3 + 3 + 9) + 3
+    resumed = ablate(plan)
     assert asked == [("mean", [(FOUND[0],), tuple(FOUND)]), ("knockout", [(FOUND[0],), (FOUND[1],), tuple(FOUND)])]
     assert resumed.missing == []
     by_unit = {(one["name"], *one["heads"], one["metric"]): one["effect"] for one in resumed.effects}
     assert by_unit == {(one["name"], *one["heads"], one["metric"]): one["effect"] for one in done.effects}
-    asked.clear()
-    ablate(plan_of(random_gpt2, seed=1), part)  # other rows: nothing of it is believed
-    assert asked[0] == ("mean", [(FOUND[0],), (FOUND[1],), tuple(FOUND)])
-    asked.clear()
-    ablate(plan_of(random_gpt2), done.as_json())
-    assert asked == [("mean", []), ("knockout", [])]
 
 
-# --- what an earlier file may hold ---
-
-EFFECT = effects.effect("mean", [Head.at(1, 2)], "loss_at_repeats", np.array([1.0, 2.0]), np.array([2.0, 3.0]))
-SETTINGS = {"seed": 0, "rows": 4}
-
-
-def test_effects_of_the_same_settings_are_known():
-    assert known_effects({"settings": SETTINGS, "effects": [EFFECT, EFFECT]}, SETTINGS) == [EFFECT, EFFECT]
-    forms = {"sender": "0.1"}, {"control": CONTROL}, {"note": "no control"}, {"effect": None, "interval": [None, None]}
-    for form in forms:  # that of a path, and what is null in a file
-        saved = json.loads(json.dumps({**EFFECT, **form}))
-        assert known_effects({"settings": dict(SETTINGS), "effects": [saved]}, SETTINGS) == [saved]
-
-
-@pytest.mark.parametrize(
-    "earlier",
-    [
-        None, "effects", 7, 1.5, True, [], [EFFECT], {}, {"effects": [EFFECT]}, {"settings": SETTINGS},
-        {"settings": SETTINGS, "effects": None}, {"settings": SETTINGS, "effects": "mean"},
-        {"settings": SETTINGS, "effects": 3}, {"settings": SETTINGS, "effects": {"0": EFFECT}},
-        {"settings": SETTINGS, "effects": ["mean"]}, {"settings": SETTINGS, "effects": [EFFECT, 5]},
-        {"settings": SETTINGS, "effects": [[EFFECT]]}, {"settings": SETTINGS, "effects": [{}]},
-        {"settings": SETTINGS, "effects": [{"name": "mean", "heads": ["1.2"]}]},
-        {"settings": SETTINGS, "effects": [{**EFFECT, "heads": "1.2"}]},
-        {"settings": SETTINGS, "effects": [{**EFFECT, "heads": None}]},
-        *(
-            {"settings": SETTINGS, "effects": [{key: value for key, value in EFFECT.items() if key != left_out}]}
-            for left_out in EFFECT
-        ),
-    ],
-)  # fmt: skip
-def test_what_is_no_list_of_effects_is_ignored(earlier):
-    assert known_effects(earlier, SETTINGS) == []
-
-
-@pytest.mark.parametrize(
-    "settings", [{}, {"seed": 1, "rows": 4}, {"seed": 0}, {**SETTINGS, "heads": ["1.2"]}, None, "seed", [SETTINGS]]
-)
-def test_other_settings_are_ignored(settings):
-    assert known_effects({"settings": settings, "effects": [EFFECT]}, SETTINGS) == []
-
-
-@pytest.mark.parametrize("earlier", ["text", 3, [1], {"settings": None}, {"effects": [None]}])
-def test_a_run_on_top_of_nonsense_is_a_run_from_the_start(random_gpt2, done, earlier):
-    assert ablate(plan_of(random_gpt2, FOUND[:1]), earlier).missing == []
-
-
-CONTROL = {"effect": 0.5, "interval": [0.1, 0.9], "heads": [["1.0"], ["1.3"]]}
-NONSENSE = (
-    {"heads": [["1.2"]]}, {"heads": [7]}, {"heads": [{}]}, {"name": ["mean"]}, {"name": {}}, {"metric": []},
-    {"metric": None}, {"note": 5}, {"sender": ["0.1"]}, {"clean": "much"}, {"effect": [1.0]}, {"effect": "1.0"},
-    {"interval": None}, {"interval": 1.0}, {"interval": [1.0]}, {"interval": ["low", "high"]}, {"rows": "16"},
-    {"control": "none"}, {"control": [CONTROL]}, {"control": {}}, {"control": {**CONTROL, "heads": ["1.0"]}},
-    {"control": {**CONTROL, "heads": "1.0"}}, {"control": {**CONTROL, "interval": [0.1]}},
-    {"control": {**CONTROL, "effect": "0.5"}},
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("broken", NONSENSE, ids=str)
-def test_effects_with_nonsense_for_a_name_do_not_stop_a_run(random_gpt2, broken):
-    """The file has all the keys and the right settings; only what stands in them is no name."""
-    plan = plan_of(random_gpt2, FOUND[:1])
-    earlier = {"settings": plan.settings, "effects": [{**EFFECT, **broken}]}
-    result = ablate(plan, earlier)
-    assert known_effects(earlier, plan.settings) == []
-    assert result.missing == []
-    assert result.of(["2.1"], "knockout", "loss_at_repeats") is not None
+def test_what_is_known_is_not_measured_again(random_gpt2, done, monkeypatch):
+    plan = plan_of(random_gpt2)
+    plan.go_on(json.loads(json.dumps(done.as_json())))
+    monkeypatch.setattr(effects.RowMetrics, "losses", None)
+    assert (plan.runs, plan.seconds()) == (0, 0.0)
+    ran: list[object] = []
+    monkeypatch.setattr(ablation, "greedy", ran.append)
+    resumed = ablate(plan)
+    assert ran == [] and resumed.as_json() == json.loads(json.dumps(done.as_json()))
 
 
 # --- what cannot be done ---

@@ -4,6 +4,8 @@ bundled model does when its induction heads are gone."""
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +16,12 @@ from hypothesis import strategies as st
 
 from common.attention.head import Head
 from common.heads import detection, scores
+from common.heads.statistics import interval_over_rows
 from common.heads.tokens import TokenBatch, battery, continuing
 from common.interventions import effects
 from common.interventions.edits import Recordings, knockout, mean, pattern_from, position_classes, uniform, zero
 from common.interventions.paths import path
+from tests.conftest import ROOT
 from tests.oracle import Changes, of, traces
 
 
@@ -66,21 +70,13 @@ def test_losses_are_those_of_transformers_alone(random_gpt2, oracles, drawn, how
 # --- intervals ---
 
 
-def test_the_interval_holds_the_true_mean_about_95_times_in_100():
-    rng = np.random.default_rng(0)
-    held = 0
-    for trial in range(200):
-        _, (low, high) = effects.with_interval(rng.normal(1.0, 2.0, size=40), seed=trial)
-        held += low <= 1.0 <= high
-    assert 180 <= held <= 198
-
-
-def test_the_interval_is_seeded_and_leaves_out_rows_without_a_value():
+def test_the_interval_is_that_over_rows_and_leaves_out_rows_without_a_value():
     values = np.array([1.0, 2.0, np.nan, 4.0])
-    assert effects.with_interval(values, seed=3) == effects.with_interval(values[[0, 1, 3]], seed=3)
-    many = np.random.default_rng(0).normal(size=40)
-    assert effects.with_interval(many, seed=3) != effects.with_interval(many, seed=4)
-    assert effects.with_interval(values)[0] == pytest.approx(7 / 3)
+    estimate, ends = effects.with_interval(values)
+    assert (estimate, ends) == effects.with_interval(values[[0, 1, 3]])
+    assert estimate == pytest.approx(7 / 3)
+    assert ends == [end.item() for end in interval_over_rows(values[[0, 1, 3]])]
+    assert np.isnan(effects.with_interval(np.array([2.0]))[1]).all(), "one row says nothing of others"
     estimate, ends = effects.with_interval(np.array([np.nan]))
     assert np.isnan([estimate, *ends]).all()
 
@@ -153,7 +149,7 @@ def test_controls_match_the_layers_and_hold_none_of_the_heads(heads, avoid, seed
     drawn = effects.layer_matched(sorted(heads), 8, count=5, avoid=avoid, seed=seed)
     assert drawn == effects.layer_matched(sorted(heads), 8, count=5, avoid=avoid, seed=seed)
     assert (not drawn) == (effects.no_control(sorted(heads), 8, avoid) is not None)
-    assert len(set(drawn)) == len(drawn) <= 5
+    assert len(set(drawn)) == len(drawn) == min(5, effects.matched_sets(sorted(heads), 8, avoid))
     for control in drawn:
         assert not set(control) & (heads | avoid)
         assert sorted(head.layer for head in control) == sorted(head.layer for head in heads)
@@ -164,6 +160,10 @@ def test_controls_match_the_layers_and_hold_none_of_the_heads(heads, avoid, seed
 def test_every_control_there_is_is_found_and_a_full_layer_has_none():
     of_layer = [(Head.at(2, head),) for head in (0, 2, 3)]
     assert sorted(effects.layer_matched([Head.at(2, 1)], 4, count=9, seed=0)) == of_layer
+    # two of the three others of layer 0, and one of the two others of layer 1
+    pairs = effects.layer_matched([Head.at(1, 0), Head.at(0, 2), Head.at(0, 3)], 6, count=20, avoid=[Head.at(0, 0),
+                                  Head.at(1, 5), Head.at(1, 4), Head.at(1, 3)], seed=0)  # fmt: skip
+    assert len(set(pairs)) == 3 * 2 and {some[-1] for some in pairs} == {Head.at(1, 1), Head.at(1, 2)}
     full = [Head.at(1, head) for head in range(3)]
     assert effects.layer_matched(full, 4, count=3, seed=0) == []
     assert effects.no_control(full, 4) == "no control: layer 1 has 1 other heads, 3 are needed"
@@ -177,14 +177,26 @@ def test_an_effect_is_the_mean_change_beside_that_of_its_controls():
     found = effects.effect("zero", [Head.at(0, 0), Head.at(0, 3)], "loss", clean, changed, controls)
     assert (found["name"], found["heads"], found["metric"], found["rows"]) == ("zero", ["0.0", "0.3"], "loss", 2)
     assert (found["clean"], found["effect"], found["note"]) == (1.5, 2.5, None)
-    assert 2.0 <= found["interval"][0] <= 2.5 <= found["interval"][1] <= 3.0
-    assert found["control"]["effect"] == pytest.approx(0.5)
-    assert found["control"]["heads"] == [["0.1"], ["0.2"]]
+    assert found["interval"] == pytest.approx([2.5 - 12.7062 / 2, 2.5 + 12.7062 / 2], abs=1e-3)  # t, one degree
+    assert found["control"] == {
+        "effect": 0.5, "lowest": 0.25, "median": 0.5, "highest": 0.75, "draws": 2, "exhaustive": False,
+        "share_as_large": 0.0, "heads": [["0.1"], ["0.2"]], "effects": [0.25, 0.75],
+    }  # fmt: skip
     assert json.loads(json.dumps(found))["control"]["heads"] == [["0.1"], ["0.2"]]
     keys = ["name", "heads", "metric", "clean", "effect", "interval", "rows", "control", "note"]
     assert list(found) == keys, "in the order of results.json"
     alone = effects.effect("zero", [Head.at(0, 0)], "loss", clean, changed, note="no control: one head")
     assert (alone["control"], alone["note"]) == (None, "no control: one head")
+
+
+@pytest.mark.parametrize(
+    ("real", "share"), [(0.2, 0.5), (0.1, 0.75), (1.5, 0.0), (-0.1, 0.25), (-0.5, 0.0), (0.0, 0.75)]
+)
+def test_draws_as_large_as_the_real_effect_are_counted_in_its_direction(real, share):
+    drawn = [(["0.0"], moved) for moved in (-0.4, 0.1, 0.3, 1.0)]
+    found = effects.beside(real, drawn, exhaustive=True)
+    assert found["share_as_large"] == share
+    assert (found["lowest"], found["median"], found["highest"], found["draws"]) == (-0.4, 0.2, 1.0, 4)
 
 
 def test_an_effect_on_no_row_is_nan_and_says_so():
@@ -214,7 +226,25 @@ def test_effects_with_controls_by_hand(random_gpt2, drawn):
             controls = [metrics.of(zero(some))[one["metric"]] - clean[one["metric"]] for some in drawn_sets]
             assert one["control"]["effect"] == pytest.approx(np.mean(controls), abs=1e-9)
     assert found[0][0]["control"]["heads"] and found[1][0]["control"]["heads"] == [["2.2", "2.3"]]
+    assert [one[0]["control"]["exhaustive"] for one in found] == [True, True]  # 0.1, 0.2; and the two others of layer 2
     assert sum(ticks) == 2 + 2 + 1
+
+
+def test_twenty_draws_that_several_sets_share_are_measured_once(random_gpt2, drawn, monkeypatch):
+    """Two heads of one layer have the same other heads; a set across layers has controls of its own."""
+    assert effects.CONTROLS >= 20
+    metrics, ticks, measured = effects.RowMetrics(random_gpt2, drawn.repeats, batch_size=2), [], []
+    monkeypatch.setattr(metrics, "of", lambda one: measured.append(one and one.heads) or {"loss": np.zeros(2)})
+    two = Head.at(1, 0), Head.at(1, 1)
+    found = list(effects.effects_with_controls(
+        metrics, "zero", [two[:1], two[1:], two], zero, controls=effects.CONTROLS, avoid=two, advance=ticks.append
+    ))  # fmt: skip
+    assert [one["control"]["draws"] for (one,) in found] == [2, 1, 2]
+    assert sum(ticks) == len(set(map(tuple, measured[1:]))) == len(measured) - 1 == 3 + 2 + 1
+    asked = effects.with_their_controls([two[:1], two[1:], two], 4, count=effects.CONTROLS, avoid=two, seed=0)
+    assert asked == {tuple(heads) for heads in measured[1:]}
+    wide = effects.layer_matched(two, 32, count=effects.CONTROLS, seed=0)
+    assert len(set(wide)) == 20 < effects.matched_sets(two, 32)
 
 
 def test_without_other_heads_there_is_a_note_and_no_control(random_gpt2, drawn):
@@ -236,9 +266,9 @@ def test_an_experiment_draws_rows_of_its_own_and_says_what_it_was_made_with(rand
     expected = battery(random_gpt2.ordinary(), random_gpt2.bos, rows=2, length=random_gpt2.context, seed=5, first=77)
     assert np.array_equal(of_seed.drawn.repeats.tokens, expected.repeats.tokens)
     assert of_seed.avoid == [Head.at(0, 3), Head.at(1, 2)]
-    assert of_seed.settings == {
-        "fingerprint": random_gpt2.fingerprint, "seed": 5, "rows": 2, "length": 64, "controls": effects.CONTROLS,
-        "avoided": ["0.3", "1.2"],
+    assert of_seed.settings["fingerprint"] == random_gpt2.fingerprint
+    assert {key: of_seed.settings[key] for key in ("seed", "batch_size", "rows", "controls", "avoided", "device")} == {
+        "seed": 5, "batch_size": 2, "rows": 2, "controls": effects.CONTROLS, "avoided": ["0.3", "1.2"], "device": "cpu",
     }  # fmt: skip
     ablations = of_seed.ablations()
     assert list(ablations) == ["mean", "knockout"]
@@ -253,6 +283,57 @@ def test_an_experiment_draws_rows_of_its_own_and_says_what_it_was_made_with(rand
         losses = [effects.losses(random_gpt2, expected.repeats, some) for some in (one, ablations[name](one.heads))]
         assert losses[0][:, 1:] == pytest.approx(losses[1][:, 1:], abs=1e-5)
     assert of_seed.seconds() > 0
+
+
+def test_every_setting_that_could_change_a_number_tells(random_gpt2, monkeypatch, tmp_path):
+    """Each is changed alone, and only what it should changes."""
+    none = SimpleNamespace(attends=np.zeros((3, 4), dtype=bool))
+    some = SimpleNamespace(attends=np.eye(3, 4, dtype=bool))
+
+    def settings(model=random_gpt2, found=none, **changes) -> dict:
+        options = {"rows": 2, "first": 7, "seed": 5, "batch_size": 2, **changes}
+        return effects.Experiment(model, found, **options).settings
+
+    def changed(after: dict) -> set[str]:
+        return {key for key in {*first, *after} if first.get(key) != after.get(key)}
+
+    first = settings()
+    assert changed(settings()) == set()
+    assert changed(settings(replace(random_gpt2, fingerprint="other"))) == {"fingerprint"}
+    assert changed(settings(found=some)) == {"avoided"}
+    assert changed(settings(rows=3)) == {"rows", "tokens"}
+    assert changed(settings(first=8)) == {"tokens"}
+    assert changed(settings(seed=6)) == {"seed", "tokens"}
+    assert changed(settings(batch_size=1)) == {"batch_size"}
+    fewer = replace(random_gpt2)
+    monkeypatch.setattr(type(fewer), "ordinary", lambda self: np.arange(20, 400))  # another tokenizer
+    assert changed(settings(fewer)) == {"tokens"}
+    monkeypatch.undo()
+    monkeypatch.setattr(effects, "CONTROLS", 3)
+    assert changed(settings()) == {"controls"}
+    monkeypatch.undo()
+    monkeypatch.setattr(effects, "version", lambda name: "0")
+    assert changed(settings()) == {"versions"}
+    monkeypatch.undo()
+    monkeypatch.setattr(type(random_gpt2), "dtype", torch.bfloat16)
+    assert changed(settings()) == {"dtype"}
+    monkeypatch.undo()
+    monkeypatch.setattr(effects, "device_name", lambda model: "cuda:0 (other)")
+    assert changed(settings()) == {"device"}
+    monkeypatch.undo()
+    monkeypatch.setattr(effects, "code_version", lambda: "edited")
+    assert changed(settings()) == {"code"}
+
+
+def test_the_code_version_is_over_every_file_that_computes(monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(effects, "__file__", str(tmp_path / "common" / "interventions" / "effects.py"))
+    version = effects.code_version.__wrapped__
+    assert version() == effects.code_version(), "the same files elsewhere are the same code"
+    for name, counts in (("results/page.py", False), ("heads/tokens.py", True), ("interventions/edits.py", True)):
+        before, file = version(), tmp_path / "common" / name
+        file.write_text(file.read_text() + "#\n")
+        assert (version() != before) == counts, name
 
 
 # --- the bundled model ---

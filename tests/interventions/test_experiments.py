@@ -277,19 +277,28 @@ def test_an_interruption_keeps_whole_units_and_the_next_run_goes_on(random_gpt2,
     assert traces(random_gpt2) == before
     assert part.effects == whole.effects[: len(part.effects)] != []
     assert part.missing[0] == "query of 1.2" and part.missing[-1] == "path to values through MLPs of 1.2"
-    earlier = json.loads(json.dumps({"effects": part.effects, "settings": part.settings}))
     monkeypatch.setattr(ExperimentPlan, "measure", honest)
     again: list[str] = []
     monkeypatch.setattr(experiments, "_replacement_effects", lambda plan, kind, *_: again.append(kind) or [])
-    resumed = run_experiments(plan_of(random_gpt2, head), earlier)
+    plan = plan_of(random_gpt2, head)
+    plan.known = json.loads(json.dumps(part.effects))
+    assert plan.runs == 5 * 4 + 4 + 4 * 7  # five replacements of four heads, these clean, and all paths
+    resumed = run_experiments(plan)
     assert again == ["query", "key", "values", "knockout", "mean"]  # neither what was finished, nor less
     assert [one["effect"] for one in resumed.effects[: len(part.effects)]] == [one["effect"] for one in part.effects]
     again.clear()
-    run_experiments(plan_of(random_gpt2, head, attending=[Head.at(1, 1)]), earlier)
-    assert again == list(BY_PART)  # other settings, other controls
-    again.clear()
-    run_experiments(plan_of(random_gpt2, Head.at(1, 1)), earlier)
+    other = plan_of(random_gpt2, Head.at(1, 1))
+    other.known = part.effects
+    run_experiments(other)
     assert again == list(BY_PART)  # the effects of another head
+
+
+def test_what_is_known_is_not_measured_again(random_gpt2, few_rows, monkeypatch):
+    whole, plan = run_experiments(plan_of(random_gpt2, Head.at(1, 2))), plan_of(random_gpt2, Head.at(1, 2))
+    plan.known = json.loads(json.dumps(whole.effects))
+    monkeypatch.setattr(ExperimentPlan, "measure", None)
+    assert (plan.runs, plan.seconds()) == (0, 0.0)
+    assert run_experiments(plan).effects == json.loads(json.dumps(whole.effects))
 
 
 def test_the_bar_is_told_of_every_run_and_as_many_are_promised(random_gpt2, few_rows):
@@ -302,8 +311,9 @@ def test_the_bar_is_told_of_every_run_and_as_many_are_promised(random_gpt2, few_
         yield told.append
 
     plan = plan_of(random_gpt2, Head.at(1, 2))
-    run_experiments(plan, None, progress)
-    assert promised == [plan.runs] == [sum(told)] == [7 * (1 + effects.CONTROLS) + 4 * 7]
+    run_experiments(plan, progress)
+    # Head 1.2 and the three others of its layer by seven replacements and clean; four senders by six paths, and whole.
+    assert promised == [plan.runs] == [sum(told)] == [4 * (7 + 1) + 4 * 7]
     assert plan.seconds() > 0
 
 

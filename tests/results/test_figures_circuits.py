@@ -11,6 +11,7 @@ from common.circuits.composition import WAYS, Composition
 from common.circuits.decomposition import Decomposition
 from common.circuits.maps import Check, Interaction, Rules
 from common.circuits.weights import Direction, HeadCircuits
+from common.interventions import effects
 from common.interventions.experiments import PATHS, REPLACEMENTS, THROUGH, WHOLE
 from common.results import figures_circuits, figures_heads
 from common.results.draw import draw
@@ -207,7 +208,10 @@ def test_weights_give_circuits_and_where_there_are_earlier_heads_composition():
 
 
 def part(kind: str, metric: str, size: float, control: float | None = 0.0, which: str = "1.0") -> dict:
-    beside = None if control is None else {"effect": control, "interval": [control - 0.1, control + 0.1]}
+    beside = None
+    if control is not None:
+        draws = [(["0.1"], control - 0.1), (["0.2"], control), (["0.3"], control + 0.1)]
+        beside = effects.beside(size, draws, exhaustive=False)
     return {"name": kind, "heads": [which], "metric": metric, "effect": size, "interval": [size - 0.2, size + 0.2],
             "control": beside, "clean": 0.9}  # fmt: skip
 
@@ -226,6 +230,8 @@ def test_every_part_stands_at_its_effect_beside_its_control():
     assert [x for x, _ in points(own, "o")] == [-10 + n for n in range(7)]
     ends = {tuple(segment[:, 0]) for lines in loss.collections for segment in lines.get_segments()}
     assert {(20 + n - 0.2, 20 + n + 0.2) for n in range(7)} | {(0.4, 0.6)} <= ends
+    drawn = [(x, place) for place in range(7) if REPLACEMENTS[place] != "mean" for x in (0.4, 0.5, 0.6)]
+    assert points(loss, "|") == drawn
     assert labels_of(own, "y") == list(figures_circuits.REPLACED.values())
     assert "0.90 before" in own.get_title()
 

@@ -10,6 +10,7 @@ from common.attention.head import Head
 from common.heads.detection import Detection, by_score
 from common.heads.labels import Labels
 from common.heads.tokens import BUDGET
+from common.interventions import effects
 from common.results import figures_heads
 from common.results.draw import draw
 
@@ -239,7 +240,10 @@ def test_names_stand_away_from_the_nearest_mark():
 
 
 def effect(which: str, kind: str, metric: str, size: float, control: float | None) -> dict:
-    beside = None if control is None else {"effect": control, "interval": [control - 0.1, control + 0.1]}
+    beside = None
+    if control is not None:
+        draws = [(["0.1"], control - 0.1), (["0.2"], control), (["0.3"], control + 0.1)]
+        beside = effects.beside(size, draws, exhaustive=False)
     return {"name": kind, "heads": which.split(), "metric": metric, "effect": size,
             "interval": [size - 0.2, size + 0.2], "control": beside}  # fmt: skip
 
@@ -258,9 +262,13 @@ def test_bars_show_repeats_fresh_tokens_and_random_heads():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1.0", "all 2"]
     assert [x for x, _ in points(axes, "o")] == [2.0, 5.0]
     assert [x for x, _ in points(axes, "^")] == [0.05] and [x for x, _ in points(axes, "s")] == [0.1, 0.3]
+    draws = [(0.0, 0), (0.1, 0), (0.2, 0), (0.2, 1), (0.3, 1), (0.4, 1)]
+    assert points(axes, "|") == [pytest.approx(place) for place in draws]
     ends = [tuple(segment[:, 0]) for lines in axes.collections for segment in lines.get_segments()]
     assert ends == [pytest.approx(pair) for pair in ((1.8, 2.2), (4.8, 5.2), (-0.15, 0.25), (0.0, 0.2), (0.2, 0.4))]
-    assert len(legend_texts(drawn)) == 3
+    assert legend_texts(drawn)[2:] == [
+        "loss at repeats, random heads of the same layers: median and range", "each of these draws",
+    ]  # fmt: skip
     alone = draw(figures_heads.ablation_figure([ABLATED[0] | {"control": None}], "title"))
     assert legend_texts(alone) == ["loss at repeats"]
 

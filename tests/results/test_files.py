@@ -99,11 +99,13 @@ def test_a_file_in_the_way_and_a_folder_that_cannot_be_written_are_one_line(tmp_
 
 
 def test_preparing_leaves_nothing_and_reads_what_is_there(tmp_path):
-    assert files.prepare(tmp_path / "deep" / "out") == {}
+    assert files.prepare(tmp_path / "deep" / "out") is None
     assert not (tmp_path / "deep" / "out").exists()
-    for text in ("", "[1]", '"text"', "3", "{", "null", "[" * 100_000):
+    for text in ("", "{", "null", "[" * 100_000):  # malformed, which is not the same as missing
         (tmp_path / "results.json").write_text(text)
-        assert files.prepare(tmp_path) == {}
+        assert files.prepare(tmp_path) == text
+    (tmp_path / "results.json").write_text("[1]")
+    assert files.prepare(tmp_path) == [1]
 
 
 def test_where_the_parent_is_not_ours_the_hidden_folder_is_inside(tmp_path, monkeypatch):
@@ -201,7 +203,7 @@ while not survived:
     whole = {"old": of("old", "a.png", "b.png"), "new": of("new", "b.png", "c.png", "d.png")}
     if (final / "results.json").exists():
         assert held() == whole[json.loads((final / "results.json").read_text())["run"]], (operation, held())
-    found = files.prepare(final).get("run")
+    found = (files.prepare(final) or {}).get("run")
     assert held() == whole.get(found, {}) and (found or sys.argv[2] == "nothing"), (operation, found, held())
     beside = os.listdir(final.parent)
     assert beside in ([final.name], []), (operation, beside)

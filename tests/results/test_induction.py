@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from common import UserError
+from common.attention.batches import silent
 from common.attention.head import Head
 from common.heads import scores
-from common.results import InductionHeads, find_induction_heads
-from common.results.analysis import Note, resumable
+from common.interventions import ablation, effects
+from common.results import InductionHeads, files, find_induction_heads, induction
+from common.results.analysis import Note, Notes, go_on_from, ignore
 from common.results.tables import HeadRow
 from tests.results import schemas
 from tests.results.schemas import fits_a_screen
@@ -172,23 +175,98 @@ def test_what_cannot_be_analysed_is_a_user_error(mini, options, reason):
 
 
 def effect(**changes):
-    control = {"effect": 0.0, "interval": [0.0, 0.0], "heads": [["0.1"]]}
+    control = effects.beside(2.0, [(["0.1"], 0.5)], exhaustive=True)
     return {"name": "mean", "heads": ["1.0"], "metric": "loss", "clean": 1.0, "effect": 2.0, "interval": [1.0, 3.0],
             "rows": 16, "control": control, "note": None, **changes}  # fmt: skip
 
 
-def test_effects_of_an_earlier_run_are_used_again_only_where_they_are_whole():
-    assert resumable([], {False: 1}) and resumable([effect()], {False: 1})
-    assert resumable([effect(control=None, note="none left")], {False: 1})
-    assert resumable([effect(), effect(sender="0.1"), effect(sender="0.1", metric="b")], {False: 1, True: 2})
-    assert not resumable([effect()], {False: 2}), "half of the metrics"
-    wrong = [{"heads": 3}, {"heads": "1.0"},
-             {"clean": None}, {"effect": "2"}, {"interval": [1.0]}, {"interval": None}, {"control": {}},
-             {"control": 3}, {"note": 3}, {"rows": 1.5}, {"more": 1}, {"metric": []}]  # fmt: skip
-    for change in wrong:
-        assert not resumable([effect(**change)], {False: 1}), change
-    for broken in (None, 3, "text", {}, [3], [[]], ["text"], [{}], [None]):
-        assert not resumable(broken, {False: 1, True: 1}), broken
+PLAN = SimpleNamespace(settings={"fingerprint": "a", "dtype": "float32", "versions": {"torch": "2.13.0"}, "code": "b"})
+
+
+def earlier(effects, part="ablation", **settings):
+    """What a file holds of a run with the settings of `PLAN`, but for some."""
+    about = {"settings": {**PLAN.settings, **settings}, "missing": []}
+    if part == "experiments":
+        return {"experiments": {**about, "refused": {}}, "interventions": [{**one, "head": "1.0"} for one in effects]}
+    return {"ablation": {**about, "together": ["1.0"], "clean": {}, "effects": effects, "greedy": [], "impossible": {}}}
+
+
+def used_again(content, part="ablation", metrics=((False, 1),)):
+    """Which effects of an earlier results.json are used again, and what is said."""
+    notes = Notes(ignore)
+    found = go_on_from(json.loads(json.dumps(content)), part, PLAN, dict(metrics), notes)
+    return (found and found["effects"]), [tuple(note) for note in notes]
+
+
+def test_an_earlier_result_is_used_again_where_everything_is_the_same():
+    whole = [effect(), effect(heads=["1.1"], control=None, note="none left")]
+    assert used_again(earlier(whole)) == (whole, [])
+    path = [effect(), effect(sender="0.1"), effect(sender="0.1", metric="b")]
+    found, said = used_again(earlier(path, "experiments"), "experiments", {False: 1, True: 2}.items())
+    assert found == [{**one, "head": "1.0"} for one in path] and said == []
+    unknown = effect(effect=None, interval=[None, None], heads=["2.0"])
+    assert used_again(earlier([effect(), unknown])) == ([effect()], []), "null was NaN, and is measured anew"
+
+
+@pytest.mark.parametrize("part", ["ablation", "experiments"])
+@pytest.mark.parametrize(("changed", "value"), [
+    ("fingerprint", "c"), ("dtype", "bfloat16"), ("versions", {"torch": "2.12.0"}), ("code", "d"), ("more", 1),
+])  # fmt: skip
+def test_what_could_change_a_number_is_measured_anew_and_it_is_said_in_one_line(part, changed, value):
+    found, said = used_again(earlier([effect()], part, **{changed: value}), part)
+    assert (found, said) == (None, [(f"the earlier {part} differ in {changed}: measured anew", False)])
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"ablation": None}, {"heads": [3]}])
+def test_where_nothing_was_measured_nothing_is_said(nothing):
+    assert used_again(nothing) == (None, [])
+
+
+WRONG = [{"heads": 3}, {"heads": "1.0"}, {"heads": [["1.2"]]}, {"name": {}}, {"metric": []}, {"effect": "2"},
+         {"interval": [1.0]}, {"interval": None}, {"interval": ["low", "high"]}, {"control": {}}, {"control": 3},
+         {"control": {"effect": 0.5, "interval": [0, 1], "heads": [["1.0"]]}}, {"note": 3}, {"rows": 1.5},
+         {"more": 1}, {"sender": ["0.1"]}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(earlier([effect(**change)]) for change in WRONG), earlier([effect(), effect(metric="b"), effect(metric="c")]),
+        earlier([{}]), earlier([3]), earlier([[effect()]]), earlier("text"), earlier(None), earlier({}),
+        earlier([{key: value for key, value in effect().items() if key != "effect"}]),
+        "text", 3, [], [effect()], {"ablation": 3}, {"ablation": []}, {"ablation": {"effects": []}},
+        {"ablation": {"settings": PLAN.settings}}, {"ablation": {"settings": PLAN.settings, "effects": [effect()]}},
+    ],
+)  # fmt: skip
+def test_a_malformed_earlier_result_is_ignored_with_a_warning(content):
+    found, ((said, warning),) = used_again(content)
+    assert found is None and warning and said.startswith("the earlier results.json is malformed")
+
+
+def test_a_run_reuses_all_or_nothing(random_gpt2, monkeypatch):
+    """The same everything: no run of an ablation. Another dtype in the file: every one anew, with the same effects."""
+    asked: list[object] = []
+    monkeypatch.setattr(ablation, "ABLATION_ROWS", 4)
+    found = np.zeros((random_gpt2.n_layers, random_gpt2.n_heads), dtype=bool)
+    found[1, 2] = True
+    detected = SimpleNamespace(attends=found, induction=found, ranked=lambda: [Head.at(1, 2)])
+    measured = SimpleNamespace(found=detected)
+    options = {"seed": 0, "batch_size": 8}
+
+    def ablated(before):
+        notes = Notes(ignore)
+        return induction._ablate(random_gpt2, measured, True, options, before, silent, notes), list(notes)
+
+    first, _ = ablated(None)
+    content = json.loads(json.dumps(files.jsonable({"ablation": first.as_json()})))
+    honest = effects.effect
+    monkeypatch.setattr(effects, "effect", lambda *rest, **more: asked.append(rest) or honest(*rest, **more))
+    again, notes = ablated(content)
+    assert asked == [] and notes == [] and again.effects == content["ablation"]["effects"]
+    content["ablation"]["settings"]["dtype"] = "torch.bfloat16"
+    anew, notes = ablated(content)
+    assert len(asked) == len(anew.effects) == len(first.effects) and anew.effects == first.effects
+    assert [note.text for note in notes] == ["the earlier ablation differ in dtype: measured anew"]
 
 
 def test_texts_that_are_left_out_keep_the_others_numbers(random_gpt2):

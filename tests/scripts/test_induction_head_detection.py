@@ -69,7 +69,7 @@ def test_results_follow_the_contract(results):
 def test_results_are_what_the_schema_says(results, random_gpt2_folder, tmp_path):
     """With heads and labels, and for a random model with neither, on texts with and without a repeat."""
     schemas.check("induction", results)
-    assert results["schema"] == 2 and results["argv"]
+    assert results["schema"] == 3 and results["argv"]
     assert results["arguments"] == {"threshold": None, "labels": None, "ablate": None, "seed": 0,
                                     "batch_size": results["arguments"]["batch_size"]}  # fmt: skip
     common = ["--model", str(random_gpt2_folder), "--out", str(tmp_path), "--no-plots", "--labels", "none"]
@@ -265,9 +265,9 @@ def test_each_text_says_whether_induction_is_at_work_and_on_how_much_it_rests(re
     assert [scores[head] for head in twice["ranked"]] == sorted(
         (scores[head] for head in twice["ranked"]), reverse=True
     )
-    assert all("prefix_matching_interval" in head for head in twice["heads"])
-    few = results["sequences"][1]
-    assert few["queries"] < 5 and all("prefix_matching_interval" not in head for head in few["heads"])
+    for head in twice["heads"]:
+        assert 0 <= head["control"] <= head["control_highest"] <= 1
+        assert "prefix_matching_interval" not in head, "one text is one draw"
 
 
 def test_what_is_lost_without_the_induction_heads_stands_in_the_results(results):
@@ -280,7 +280,10 @@ def test_what_is_lost_without_the_induction_heads_stands_in_the_results(results)
     together = {(one["name"], one["metric"]): one for one in of_all}
     for kind in ("mean", "knockout"):
         rise, fresh = together[kind, "loss_at_repeats"], together[kind, "loss_at_fresh"]
-        assert rise["interval"][0] > 5 * abs(rise["control"]["effect"])
+        control = rise["control"]
+        assert rise["interval"][0] > 5 * max(map(abs, control["effects"]))
+        assert control["draws"] == len(control["effects"]) == 6 and control["exhaustive"], "two of layer 1's other four"
+        assert control["lowest"] <= control["median"] <= control["highest"] and control["share_as_large"] == 0
         assert abs(fresh["effect"]) < 0.1 * rise["effect"]
     assert [one["head"] for one in ablation["greedy"]] != []
 
