@@ -75,7 +75,7 @@ class TokenBatch:
         """Pad `rows` (each with BOS first) with `pad` and find the cells of every head type."""
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         # On the right: attention is causal, so no token ever sees the padding.
-        tokens = np.full((len(rows), int(lengths.max(initial=0))), pad, dtype=np.int64)
+        tokens = np.full((len(rows), int(lengths.max())), pad, dtype=np.int64)
         tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.concatenate(rows)
         cells = head_type_cells(tokens, lengths)
         return cls(tokens, lengths, cells | _budget_cells(cells, tokens.shape))
