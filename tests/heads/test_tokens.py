@@ -68,6 +68,15 @@ def test_the_budget_gives_every_cell_to_one_part(rows):
             taken |= expected
 
 
+@given(short_rows)
+def test_continuing_tokens_follow_their_predecessor_as_they_followed_a_copy_of_it(rows):
+    for mask, row in zip(continuing(batch_of(*rows)), rows, strict=True):
+        ids = [BOS, *row]
+        copies = {(ids[at], ids[at + 1]): at for at in reversed(range(1, len(ids) - 1))}  # where a pair comes first
+        expected = [at for at in range(2, len(ids)) if copies.get((ids[at - 1], ids[at]), at) < at - 2]
+        assert np.flatnonzero(mask).tolist() == expected
+
+
 def test_continuing_tokens_are_those_that_something_predicts():
     batch = batch_of([7, 8, 9, 7, 8, 5])
     assert np.flatnonzero(continuing(batch)[0]).tolist() == [5], "8 after 7; not 7 itself, not 5 after 8"
@@ -156,7 +165,12 @@ def test_battery_varies_distance_so_that_no_fixed_offset_solves_it():
 
 
 @pytest.mark.parametrize(
-    ("ordinary", "length", "reason"), [(1, 20, "1 ordinary"), (6, 20, "6 ordinary"), (50, 7, "too short")]
+    ("ordinary", "length", "reason"),
+    [
+        (1, 20, "has 1 ordinary tokens.*needs at least 7"),
+        (6, 20, "has 6 ordinary tokens.*needs at least 7"),
+        (50, 7, "a row of 7 tokens is too short.*at least 8"),
+    ],
 )
 def test_impossible_batteries_say_why(ordinary, length, reason):
     with pytest.raises(UserError, match=reason):

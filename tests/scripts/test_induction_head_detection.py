@@ -319,7 +319,7 @@ def test_ablation_can_be_left_out_and_goes_on_where_it_was_stopped(tmp_path, mon
 
 
 def test_labels_of_ones_own_measured_ones_and_none(tmp_path):
-    common = ["--model", "mini", "--no-plots", *QUICK]
+    common = ["--model", "mini", "--no-plots", "--no-ablate", *QUICK]
     (tmp_path / "mine.json").write_text('{"source": "a guess", "induction_heads": ["0.0"]}')
     said = {}
     for labels in (str(tmp_path / "mine.json"), "causal", "none"):
