@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements-mutation.txt
     python -m benchmarks.mutation                          # all five modules, about an hour on one core
     python -m benchmarks.mutation --module tokens          # one module
-    python -m benchmarks.mutation --module tokens --again  # only what survived the last time
+    python -m benchmarks.mutation --module tokens --again  # after new tests: only what survived
 
 1. Mutants come from cosmic-ray's operators: a number one higher or lower, another comparison, `not` before a
    condition, True for False, a loop without rounds, no decorator, one other operator for each binary one (`OTHER`).
@@ -25,6 +25,7 @@ import argparse
 import ast
 import contextlib
 import gc
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -123,6 +124,7 @@ class _Bare(ast.NodeTransformer):
 
 def bare(source: str) -> str | None:
     """What the source does, or None if it does not compile."""
+    source = source.replace(", /,", ", *,")  # the bare * before keyword arguments is no multiplication
     try:
         compile(source, "mutant", "exec")
     except (SyntaxError, ValueError):
@@ -203,9 +205,12 @@ def run(module: str, source: str, seconds: float | None = None) -> tuple[str, fl
     return outcome, used.ru_utime + used.ru_stime, foreign
 
 
-def measure(module: str, only: set[str] | None) -> dict[str, object]:
-    """The outcome of every mutant of a module, or of those whose change is in `only`."""
+def measure(module: str, known: dict | None) -> dict[str, object]:
+    """The outcome of every mutant of a module; only of those that survived where they are `known` of the same source."""
     source = Path(ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    same = known and known["source_sha256"] == digest
+    only = {each["change"] for each in known["survivors"]} if same else None
     outcome, _, foreign = run(module, source)
     if outcome != "survived":
         raise SystemExit(f"the tests of {module} fail as it is: {' '.join(TESTS[module])}")
@@ -231,7 +236,7 @@ def measure(module: str, only: set[str] | None) -> dict[str, object]:
             print(f"{module}:{mutant.line}: {mutant.change}", file=sys.stderr)
     killed = outcomes["killed"] + outcomes["timed out"]
     return {
-        "tests": TESTS[module], "mutants": len(mutants), "killed": killed, "timed_out": outcomes["timed out"],
+        "source_sha256": digest, "tests": TESTS[module], "mutants": len(mutants), "killed": killed, "timed_out": outcomes["timed out"],
         "killed_percent": round(100 * killed / len(mutants), 1), "survivors": survivors,
     }  # fmt: skip
 
@@ -240,15 +245,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     short = [module.split(".")[-1] for module in TESTS]
     parser.add_argument("--module", choices=short, action="append", help="a module; repeat for more (default: all)")
-    parser.add_argument("--again", action="store_true", help="run only the mutants that survived the last time")
+    parser.add_argument("--again", action="store_true", help="where the module is unchanged: only what survived")
     args = parser.parse_args(argv)
     os.chdir(ROOT)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for module in TESTS:
         if module.split(".")[-1] in (args.module or short):
-            started, known = time.monotonic(), results.get(module)
-            only = {each["change"] for each in known["survivors"]} if args.again and known else None
-            results[module] = measure(module, only)
+            started = time.monotonic()
+            results[module] = measure(module, results.get(module) if args.again else None)
             print(f"{module}: {time.monotonic() - started:.0f} s", file=sys.stderr)
             RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{'module':32}{'mutants':>8}{'killed':>8}{'timed out':>11}{'survivors':>11}{'killed %':>10}")
