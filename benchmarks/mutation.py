@@ -34,7 +34,6 @@ import re
 import resource
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -54,7 +53,12 @@ PATIENCE = 4
 
 HEADS = "tests/heads/test_"
 TESTS = {  # per module, the tests that are about it, fastest first
-    "common.heads.tokens": [HEADS + "tokens.py", HEADS + "small_vocabularies.py", HEADS + "texts.py"],
+    "common.heads.tokens": [
+        HEADS + "tokens.py",
+        HEADS + "small_vocabularies.py",
+        HEADS + "texts.py",
+        HEADS + "survey.py::test_rows_have_128_tokens_or_as_many_as_the_model_reads",
+    ],  # fmt: skip
     "common.heads.scores": [HEADS + "scores.py", HEADS + "scores_fast.py"],
     "common.heads.statistics": [HEADS + "statistics.py"],
     "common.heads.detection": [HEADS + "detection.py"],
@@ -103,33 +107,17 @@ class Mutant:
     source: str
 
 
-class _Bare(ast.NodeTransformer):
-    """Leaves out what is never evaluated: annotations, and imports for type checking."""
-
-    def visit_arg(self, node):
-        node.annotation = None
-        return node
-
-    def visit_FunctionDef(self, node):
-        node.returns = None
-        return self.generic_visit(node)
-
-    def visit_AnnAssign(self, node):
-        node.annotation = ast.Constant(None)
-        return self.generic_visit(node)
-
-    def visit_If(self, node):
-        return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
-
-
 def bare(source: str) -> str | None:
-    """What the source does, or None if it does not compile."""
-    source = source.replace(", /,", ", *,")  # the bare * before keyword arguments is no multiplication
+    """What the source does, whatever its annotations say, or None if it does not compile."""
     try:
+        tree = ast.parse(source.replace(", /,", ", *,"))  # the bare * before keyword arguments is no multiplication
         compile(source, "mutant", "exec")
-    except (SyntaxError, ValueError):
+    except SyntaxError:
         return None
-    return ast.dump(_Bare().visit(ast.parse(source)))
+    for node in ast.walk(tree):
+        for part in {"annotation", "returns"} & set(node._fields):
+            setattr(node, part, None)
+    return ast.dump(tree).replace("UnaryOp(op=Not(), operand=Name(id='TYPE_CHECKING'", "Name(id='TYPE_CHECKING'")
 
 
 def mutants_of(source: str) -> list[Mutant]:
@@ -141,7 +129,7 @@ def mutants_of(source: str) -> list[Mutant]:
             mutated = mutate_code(source, operator, occurrence)
             if (does := bare(mutated)) not in seen:
                 seen.add(does)
-                found.append((*_changed_line(source, mutated), mutated))
+                found.append((*changed_line(source.splitlines(), mutated.splitlines()), mutated))
     mutants = []
     for line, change, mutated in sorted(found):
         changes[change] += 1
@@ -149,11 +137,11 @@ def mutants_of(source: str) -> list[Mutant]:
     return mutants
 
 
-def _changed_line(source: str, mutated: str) -> tuple[int, str]:
-    old, new = source.splitlines(), mutated.splitlines()
+def changed_line(old: list[str], new: list[str]) -> tuple[int, str]:
+    """Which line the change is in, from 1, and what it was and is, without comments."""
     line = next((at for at, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), len(new))
     shown = [re.sub(r"  #.*", "", text[line].strip()) for text in (old, new)]
-    change = shown[1].replace("( ", "(").replace("[ ", "[").replace("  ", " ") if len(old) == len(new) else "(without)"
+    change = re.sub(r"(?<=[(\[]) | (?= )", "", shown[1]) if len(old) == len(new) else "(without)"
     return line + 1, f"{shown[0]}  →  {change}"
 
 
@@ -176,41 +164,36 @@ class Mutated(importlib.machinery.SourceFileLoader):
 
 def run(module: str, source: str, seconds: float | None = None) -> tuple[str, float, list[str]]:
     """Run a module's tests on `source` in a child: "survived", "killed" or "timed out", the child's processor seconds,
-    and the foreign modules it has imported."""
+    and which modules that are none of this project's it has imported."""
     read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(read)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
-        if seconds:
-            signal.setitimer(signal.ITIMER_PROF, seconds)  # what it does when it ends is to end the process
-            signal.alarm(int(20 * seconds))  # asleep, it takes no processor time
-            resource.setrlimit(resource.RLIMIT_DATA, (12 << 30, 12 << 30))
-        sys.meta_path.insert(0, Mutated(module, source))
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", SLOW, *TESTS[module]])
-        foreign = [name for name in sys.modules if name.split(".")[0] not in ("common", "tests", "benchmarks")]
-        with os.fdopen(write, "w") as pipe:
-            json.dump([int(code), foreign], pipe)
-        os._exit(0)
+    if not (child := os.fork()):
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
+            if seconds:  # both signals end the process
+                signal.setitimer(signal.ITIMER_PROF, seconds)
+                signal.alarm(int(20 * seconds))  # asleep, it takes no processor time
+                resource.setrlimit(resource.RLIMIT_DATA, (12 << 30, 12 << 30))
+            sys.meta_path.insert(0, Mutated(module, source))
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", SLOW, *TESTS[module]])
+            foreign = {name for name in sys.modules if name.split(".")[0] not in ("common", "tests", "benchmarks")}
+            os.write(write, json.dumps([int(code), sorted(foreign - set(sys.builtin_module_names))]).encode())
+        finally:
+            os._exit(0)
     os.close(write)
     with os.fdopen(read) as pipe:
         said = pipe.read()
     _, status, used = os.wait4(child, 0)
-    code, foreign = json.loads(said) if said else (1, [])
-    if code > 2:
-        raise SystemExit(f"the tests of {module} could not be run: pytest ended with {code}")
+    code, foreign = json.loads(said) if said else (1, [])  # nothing is said by a child that has crashed
     timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM)
-    outcome = "timed out" if timed_out else "killed" if code else "survived"
-    return outcome, used.ru_utime + used.ru_stime, foreign
+    return "timed out" if timed_out else "killed" if code else "survived", used.ru_utime + used.ru_stime, foreign
 
 
 def measure(module: str, known: dict | None) -> dict[str, object]:
-    """The outcome of every mutant of a module; only of those that survived where they are `known` of the same source."""
+    """The outcome of every mutant of a module; where they are `known` of the same source, only of the survivors."""
     source = Path(ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
     digest = hashlib.sha256(source.encode()).hexdigest()
-    same = known and known["source_sha256"] == digest
-    only = {each["change"] for each in known["survivors"]} if same else None
+    only = {each["change"] for each in known["survivors"]} if known and known["source_sha256"] == digest else None
     outcome, _, foreign = run(module, source)
     if outcome != "survived":
         raise SystemExit(f"the tests of {module} fail as it is: {' '.join(TESTS[module])}")
@@ -219,25 +202,21 @@ def measure(module: str, known: dict | None) -> dict[str, object]:
             importlib.import_module(name)
     gc.freeze()
     _, seconds, _ = run(module, source)
-    print(f"{module}: {seconds:.1f} s of processor time a run", file=sys.stderr)
-    outcomes, survivors, reasons = Counter(), [], json.loads(REASONS.read_text(encoding="utf-8"))
-    mutants = mutants_of(source)
-    for number, mutant in enumerate(mutants):
-        if number % 25 == 0:
-            print(f"{module}: mutant {number} of {len(mutants)}", file=sys.stderr)
-        if only is not None and mutant.change not in only:
-            outcomes["killed"] += 1
-            continue
-        outcome, _, _ = run(module, mutant.source, PATIENCE * seconds + 10)
+    outcomes, survivors, mutants = Counter(), [], mutants_of(source)
+    reasons = json.loads(REASONS.read_text(encoding="utf-8")).get(module, {})
+    print(f"{module}: {len(mutants)} mutants, {seconds:.1f} s of processor time where all tests pass", file=sys.stderr)
+    for mutant in mutants:
+        run_it = only is None or mutant.change in only
+        outcome = run(module, mutant.source, PATIENCE * seconds + 10)[0] if run_it else "killed"
         outcomes[outcome] += 1
         if outcome == "survived":
-            reason = reasons.get(module, {}).get(mutant.change)
-            survivors.append({"line": mutant.line, "change": mutant.change, "reason": reason})
+            survivors.append({"line": mutant.line, "change": mutant.change, "reason": reasons.get(mutant.change)})
             print(f"{module}:{mutant.line}: {mutant.change}", file=sys.stderr)
     killed = outcomes["killed"] + outcomes["timed out"]
     return {
-        "source_sha256": digest, "tests": TESTS[module], "mutants": len(mutants), "killed": killed, "timed_out": outcomes["timed out"],
-        "killed_percent": round(100 * killed / len(mutants), 1), "survivors": survivors,
+        "source_sha256": digest, "tests": TESTS[module], "mutants": len(mutants), "killed": killed,
+        "timed_out": outcomes["timed out"], "killed_percent": round(100 * killed / len(mutants), 1),
+        "survivors": survivors,
     }  # fmt: skip
 
 
@@ -251,9 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for module in TESTS:
         if module.split(".")[-1] in (args.module or short):
-            started = time.monotonic()
             results[module] = measure(module, results.get(module) if args.again else None)
-            print(f"{module}: {time.monotonic() - started:.0f} s", file=sys.stderr)
             RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{'module':32}{'mutants':>8}{'killed':>8}{'timed out':>11}{'survivors':>11}{'killed %':>10}")
     for module, found in results.items():
