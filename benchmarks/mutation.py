@@ -175,7 +175,9 @@ def run(module: str, source: str, seconds: float | None = None) -> tuple[str, fl
                 signal.alarm(int(20 * seconds))  # asleep, it takes no processor time
                 resource.setrlimit(resource.RLIMIT_DATA, (12 << 30, 12 << 30))
             sys.meta_path.insert(0, Mutated(module, source))
-            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", SLOW, *TESTS[module]])
+            code = pytest.main(
+                ["-x", "-q", "--assert=plain", "--tb=no", "-p", "no:cacheprovider", "-k", SLOW, *TESTS[module]]
+            )
             foreign = {name for name in sys.modules if name.split(".")[0] not in ("common", "tests", "benchmarks")}
             os.write(write, json.dumps([int(code), sorted(foreign - set(sys.builtin_module_names))]).encode())
         finally:
