@@ -7,8 +7,8 @@ heads make induction is Elhage et al. 2021, "A Mathematical Framework for Transf
 1. Residual stream. Orthogonal subspaces, in a random basis in which every vector has mean 0, so that LayerNorm only
    divides: a constant (`CONSTANT`, the same everywhere), the token (a random unit code of `TOKEN` numbers; BOS has a
    direction of its own), the position (`POSITION` / 2 Fourier pairs, a unit vector; position 0 has a direction of its
-   own), one slot "token before me" per previous-token head that feeds others, and the prediction, which alone is
-   unembedded.
+   own), a slow quarter turn from the first position to the last, one slot "token before me" per previous-token head
+   that feeds others, and the prediction, which alone is unembedded.
 2. Norm. The constant dominates, so every residual of a layer has about the same norm, known beforehand; weights are
    divided by it. Query, key and value are then what they would be without LayerNorm, up to a few hundredths.
 3. Attention. The score of a head before softmax is a sum of three terms: `sharpness` times the inner product of a code
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ VERDICTS = {
     "before-duplicate": "none",  # attends to the tokens before earlier copies
     "fixed-offset": "none",  # looks back a fixed distance other than 1
     "uniform": "none",
+    "recency": "none",  # the nearer a token the more attention, over dozens of tokens
+    "salient": "none",  # attends to a few tokens of the vocabulary wherever they stand: heavy tails over rows
     "random": "none",
 }
 ON_TARGETS = ("induction", "suppression", "attends-only")  # what these attend to is the same
@@ -62,10 +64,13 @@ BOS = 0
 EPSILON = 1e-5  # of LayerNorm
 CONSTANT = 6.0
 SHARPNESS = 24.0  # of one comparison; codes of different tokens have cosines up to about 0.75
+DRIFT = 6.0  # how much higher than BOS a recency head scores a key at the end of the context
+SALIENCE = 10.0  # sharpness of a salient head: its favourite token gets e^10 times what an average one gets
 SHARPER, EXCLUSION = 80.0, 20.0  # where an offset is forbidden, which blurs the scores of all others
 FEEDING = 0.99  # strength of a previous-token head that others read
 LOGIT = 24.0  # logit per unit of prediction, in a model whose prediction is small against CONSTANT
 COPY = 0.25  # an induction head of strength and writing 1 adds this much, 6 nats
+DECOY_COPY = 0.08  # the same of a decoy that copies
 MOST_COPIERS = 4  # so that the prediction stays below 1
 
 
@@ -102,10 +107,24 @@ class HandBuilt:
         return [head for head, role in sorted(self.roles.items()) if role.kind in kinds]
 
 
-def build(seed: int, *, vocabulary: int) -> HandBuilt:
-    """A random model: 2 to 4 layers of 3 to 8 heads, every head with a random role. Depends on its arguments alone."""
+def build(seed: int, *, vocabulary: int, weakest: float = 0.1) -> HandBuilt:
+    """A random model: 2 to 4 layers of 3 to 8 heads, every head with a random role. Depends on its arguments alone.
+
+    `weakest`: the least attention on its targets that a head may have.
+    """
     rng = np.random.default_rng([seed, 1])
-    return assemble(draw_roles(rng), vocabulary=vocabulary, seed=seed)
+    return assemble(draw_roles(rng, weakest), vocabulary=vocabulary, seed=seed)
+
+
+def decoys(seed: int, *, vocabulary: int) -> HandBuilt:
+    """A random model, 2 to 4 layers of 8 heads, in which no head attends to the targets and every head copies what it
+    attends to, so that each raises the right token wherever it happens to look at it."""
+    rng = np.random.default_rng([seed, 3])
+    kinds = [kind for kind in VERDICTS if kind not in NEED_A_SLOT]
+    places = [(layer, head) for layer in range(int(rng.integers(2, 5))) for head in range(8)]
+    drawn = [_draw_role(rng, str(rng.choice(kinds)), place, {}) for place in places]
+    roles = {place: replace(role, writing=DECOY_COPY) for place, role in zip(places, drawn, strict=True)}
+    return assemble(roles, vocabulary=vocabulary, seed=seed)
 
 
 def paper_case(*, vocabulary: int) -> HandBuilt:
@@ -139,7 +158,7 @@ def word_tokenizer(words: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>")
 
 
-def draw_roles(rng: np.random.Generator) -> dict[Head, Role]:
+def draw_roles(rng: np.random.Generator, weakest: float = 0.1) -> dict[Head, Role]:
     """At least one previous-token head below at least two induction heads, the first of them strong; else at random."""
     n_layers, n_heads = int(rng.integers(2, 5)), int(rng.integers(3, 9))
     feeding_layer = int(rng.integers(0, n_layers - 1))
@@ -151,10 +170,10 @@ def draw_roles(rng: np.random.Generator) -> dict[Head, Role]:
     feeders = {role.slot: layer for (layer, _), role in roles.items()}
     for number in range(2):
         place = _take(free, lowest=feeding_layer + 1)
-        roles[place] = _draw_role(rng, "induction", place, feeders, strong=number == 0)
+        roles[place] = _draw_role(rng, "induction", place, feeders, weakest, strong=number == 0)
     for place in free:
         kind = _draw_kind(rng, place, feeders, [role.kind for role in roles.values()])
-        roles[place] = _draw_role(rng, kind, place, feeders)
+        roles[place] = _draw_role(rng, kind, place, feeders, weakest)
     return roles
 
 
@@ -178,19 +197,20 @@ def _draw_kind(rng: np.random.Generator, place: Head, feeders: dict[int | None, 
 
 
 def _draw_role(
-    rng: np.random.Generator, kind: str, place: Head, feeders: dict[int | None, int], *, strong: bool = False
-) -> Role:
+    rng: np.random.Generator, kind: str, place: Head, feeders: dict[int | None, int], weakest: float = 0.1, *,
+    strong: bool = False,
+) -> Role:  # fmt: skip
     """Strength, offset and writing of a head of this kind, and the slot it reads."""
     slots = [slot for slot, layer in feeders.items() if layer < place[0]]
     slot = slots[rng.integers(len(slots))] if kind in NEED_A_SLOT else None
     if kind in ON_TARGETS:
-        strength = _draw_strength(rng, strong)
+        strength = _draw_strength(rng, weakest, strong)
         share = rng.uniform(0.5, 1.0)
         writing = {"induction": COPY * share, "suppression": -COPY / 2 * share, "attends-only": 0.0}[kind]
         return Role(kind, strength, slot=slot, writing=float(writing))
     if kind == "random":
         return Role(kind)
-    writing = float(rng.choice([0.0, 0.08]))  # a decoy may copy what it attends to: its cells tell it from induction
+    writing = float(rng.choice([0.0, DECOY_COPY]))  # it may copy: its cells tell it from induction
     if kind == "fixed-offset":
         return Role(kind, float(rng.uniform(0.5, 0.99)), offset=_draw_offset(rng), writing=writing)
     if kind == "previous-token":
@@ -198,13 +218,13 @@ def _draw_role(
     return Role(kind, slot=slot, writing=writing)
 
 
-def _draw_strength(rng: np.random.Generator, strong: bool) -> float:
-    """Strong, half sink, or anything from 0.1 to 0.99 with equal chances per factor."""
+def _draw_strength(rng: np.random.Generator, weakest: float, strong: bool) -> float:
+    """Strong, half sink, or anything from `weakest` to 0.99 with equal chances per factor."""
     if strong:
         return float(rng.uniform(0.8, 0.99))
     if rng.random() < 0.2:
         return 0.5
-    return float(np.exp(rng.uniform(math.log(0.1), math.log(0.99))))
+    return float(np.exp(rng.uniform(math.log(weakest), math.log(0.99))))
 
 
 def _draw_offset(rng: np.random.Generator) -> int:
@@ -230,6 +250,7 @@ class Residual:
     bos: Floats
     position: Floats
     start: Floats
+    drift: Floats
     slots: list[Floats]
     prediction: Floats
 
@@ -238,9 +259,9 @@ class Residual:
         """Cut a random orthonormal basis, whose first vector is (1, …, 1), into subspaces."""
         drawn = np.column_stack([np.ones(d_model), rng.normal(size=(d_model, d_model - 1))])
         basis = torch.linalg.qr(torch.from_numpy(drawn)).Q.numpy()  # NumPy's takes seconds on a busy machine
-        widths = [1, 1, TOKEN, 1, POSITION, 1, TOKEN, *[TOKEN + 1] * n_slots]
-        _, constant, token, bos, position, start, prediction, *rest = np.split(basis, np.cumsum(widths), axis=1)
-        return cls(constant, token, bos, position, start, rest[:n_slots], prediction)
+        widths = [1, 1, TOKEN, 1, POSITION, 1, 2, TOKEN, *[TOKEN + 1] * n_slots]
+        _, constant, token, bos, position, start, drift, prediction, *rest = np.split(basis, np.cumsum(widths), axis=1)
+        return cls(constant, token, bos, position, start, drift, rest[:n_slots], prediction)
 
 
 def fourier_code(positions: Floats) -> Floats:
@@ -271,7 +292,7 @@ def assemble(roles: dict[Head, Role], *, vocabulary: int, seed: int) -> HandBuil
     rng = np.random.default_rng([seed, 2])
     n_layers, n_heads = (1 + max(head[axis] for head in roles) for axis in (0, 1))
     n_slots = 1 + max((role.slot for role in roles.values() if role.slot is not None), default=-1)
-    room = 4 + 2 * TOKEN + POSITION + n_slots * (TOKEN + 1)
+    room = 6 + 2 * TOKEN + POSITION + n_slots * (TOKEN + 1)
     d_head = max(D_HEAD, -(-room // n_heads))
     residual = Residual.of(n_heads * d_head, n_slots, rng)
     model = _empty_model(n_layers, n_heads, n_heads * d_head, vocabulary)
@@ -303,7 +324,7 @@ def head_weights(
     """W_Q, W_K, W_V [d_model, d_head] and W_O [d_head, d_model] of a head whose input LayerNorm divides by `sigma`."""
     if role.kind == "random":
         return _random_weights(len(residual.token), d_head, rng)
-    terms = attention_terms(role, residual)
+    terms = attention_terms(role, residual, rng)
     query = np.hstack([term.query * term.weight for term in terms]) * sigma**2 * math.sqrt(d_head)
     key = np.hstack([term.key for term in terms])
     if _feeds(role):
@@ -314,8 +335,14 @@ def head_weights(
     return query, key, value, _widened(out.T, d_head).T
 
 
-def attention_terms(role: Role, residual: Residual) -> list[Term]:
+def attention_terms(role: Role, residual: Residual, rng: np.random.Generator) -> list[Term]:
     """The terms whose sum is the score of a (query, key) cell before softmax."""
+    if role.kind == "recency":  # every query asks for the same: a late key
+        return [Term(residual.constant, residual.drift[:, 1:], DRIFT / CONSTANT), _bos(residual, 0.0)]
+    if role.kind == "salient":  # every query asks for the same token code
+        favourite = rng.normal(size=(TOKEN, 1))
+        wanted = residual.token @ favourite / np.linalg.norm(favourite)
+        return [Term(residual.constant, wanted, SALIENCE / CONSTANT), _bos(residual, 0.0)]
     rest = SHARPNESS + math.log((1 - role.strength) / role.strength)
     if role.kind in ON_TARGETS:  # the token before the key is the query's token
         return [_same(residual.token, residual.slots[role.slot], SHARPNESS / FEEDING), _bos(residual, rest)]
@@ -366,8 +393,8 @@ def _feeds(role: Role) -> bool:
 
 
 def _sigma(feeding_below: int, d_model: int) -> float:
-    """What LayerNorm divides by: the constant has norm CONSTANT, token and position 1, each filled slot FEEDING."""
-    return math.sqrt((CONSTANT**2 + 2 + feeding_below * FEEDING**2) / d_model + EPSILON)
+    """What LayerNorm divides by. The constant has norm CONSTANT, token, position and drift 1, a filled slot FEEDING."""
+    return math.sqrt((CONSTANT**2 + 3 + feeding_below * FEEDING**2) / d_model + EPSILON)
 
 
 def _empty_model(n_layers: int, n_heads: int, d_model: int, vocabulary: int) -> GPT2LMHeadModel:
@@ -392,6 +419,8 @@ def _set_embeddings(model: GPT2LMHeadModel, residual: Residual, feeding: int, rn
     tokens[BOS] = residual.bos[:, 0]
     positions = CONSTANT * residual.constant.T + fourier_code(np.arange(CONTEXT)) @ residual.position.T
     positions[0] = (CONSTANT * residual.constant + residual.start)[:, 0]
+    angle = np.arange(CONTEXT) * (math.pi / 2 / CONTEXT)
+    positions += np.stack([np.cos(angle), np.sin(angle)], 1) @ residual.drift.T
     _set(model.transformer.wte.weight, tokens)
     _set(model.transformer.wpe.weight, positions)
     _set(model.lm_head.weight, LOGIT * _sigma(feeding, model.config.n_embd) * codes @ residual.prediction.T)

@@ -3,17 +3,21 @@
 1. A head's score is its prefix matching on rows with a repeat. Its null is what it pays to the same cells of the
    control rows, where the second segment is no copy of the first.
 2. Its threshold is dynamic, from the mean and the spread of its null:
-   `threshold = mean(control) + max(deviations * std(control), LEAST_LIFT)`.
-   `deviations` is at least `LEAST_DEVIATIONS`, and so large that of all models whose heads ignore the repeat at most a
-   share `FALSE_POSITIVES` has a head that passes, whatever the number of heads (Bonferroni).
-3. A head whose score reaches its threshold (`score >= threshold`) attends to its targets. What that does to the
-   correct token's logit is its total effect (common/heads/attribution.py): `induction` raises it by `LEAST_EFFECT` nats
-   or more, `suppression` lowers it by as much, `attends-only` does neither.
+   `threshold = mean(control) + max(deviations * spread, LEAST_LIFT)`.
+   `spread` is the standard deviation of the rows' means, pooled over rows with a repeat and control rows. Tokens of one
+   row are no independent draws, rows are. Why pooled: a head that rarely looks far has control rows in which it never
+   does, and they alone would say that it never varies.
+   `deviations` is so large that at most a share `FALSE_POSITIVES` of all models whose heads ignore the repeat has one
+   head that passes, whatever the number of heads (Student's t for two samples, Bonferroni).
+3. A head whose score reaches its threshold (`score >= threshold`) attends to its targets more than chance explains.
+   What that does to the correct token's logit is its total effect (common/heads/attribution.py): `induction` raises it
+   by `LEAST_EFFECT` nats or more, `suppression` lowers it by as much. A head that does neither is `attends-only` if its
+   score lies `NOTABLE` or more above its null: many heads of a trained model attend a little, to no effect.
    No score can pass a threshold of 1 or more. A head that has one, and scores higher than its null by `LEAST_LIFT` or
    more, is `undecided`: the method has failed on it, and that is no verdict.
-4. Of the other heads, one whose attention to earlier copies reaches the threshold of the same rule is
-   `duplicate-token`. One that pays most of its attention, at the same queries, to the previous token or to BOS is
-   `previous-token` or `first-token`. All others are `none`.
+4. Of the other heads, one whose attention to earlier copies reaches the threshold of the same rule, and lies `NOTABLE`
+   or more above its null, is `duplicate-token`. One that pays most of its attention, at the same queries, to the
+   previous token or to BOS is `previous-token` or `first-token`. All others are `none`.
 5. Rows are drawn again with replacement and steps 1 to 4 repeated. The confidence of a verdict is the share of these
    resamples that agree with it.
 
@@ -32,36 +36,32 @@ from scipy.special import stdtrit
 from common.attention.head import Head
 from common.heads.statistics import Bools, Floats, RowSums, bootstrap_weights, percentile_interval, resampled_mean
 
-LEAST_DEVIATIONS = 1.0
-LEAST_LIFT = 0.05  # a smaller lift over the control can be real and is negligible
+# What each of these decides, measured on models that judge nothing else: `python -m benchmarks.calibration`.
+LEAST_LIFT = 0.01  # a smaller lift over the control can be real and is negligible
+NOTABLE = 0.05  # what a head that has no effect must lift its attention by to be named for where it looks
 LEAST_EFFECT = 0.05  # nats; a smaller effect on the logit is negligible too
-FALSE_POSITIVES = 0.01  # chance that a model without induction has a head that passes
-MOST = 0.5  # "most of its attention"
+FALSE_POSITIVES = 0.01  # chance that a model without induction has a head that passes; the usual level of a strict test
+MOST = 0.5  # "most of its attention": more than all the rest, by the word's meaning
 
 Sums = Mapping[str, RowSums]  # per head type and part of the budget, [rows, layers, heads]
 
 VERDICTS = (
     "none", "first-token", "previous-token", "duplicate-token", "attends-only", "suppression", "induction", "undecided",
 )  # fmt: skip
+ON_TARGETS = ("attends-only", "suppression", "induction")  # verdicts on heads that attend to their targets
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Each head's attention to the targets against its own null, [layers, heads] each and in [0, 1].
-
-    `low`, `high`: the ends of the score's 95 % interval. `confidence`: in the decision whether the head attends.
-    """
+    """Each head's attention to the targets against its own null, [layers, heads] each and in [0, 1]."""
 
     score: Floats
     control: Floats
     threshold: Floats
-    low: Floats
-    high: Floats
-    confidence: Floats
 
     @property
     def attends(self) -> Bools:
-        """Heads whose score reaches their threshold (`score >= threshold`), whatever their effect, [layers, heads]."""
+        """Heads whose score reaches their threshold (`score >= threshold`), [layers, heads]."""
         return self.score >= self.threshold
 
 
@@ -69,11 +69,20 @@ class Attention:
 class Detection(Attention):
     """`Attention` with each head's `verdict`, one of `VERDICTS`, [layers, heads]; `confidence` is that of the verdict.
 
+    `low`, `high`: the ends of the score's 95 % interval over rows.
     `resampled`: [resamples, layers, heads], which heads are induction heads when rows are drawn again.
     """
 
+    low: Floats
+    high: Floats
+    confidence: Floats
     verdict: NDArray[np.str_]
     resampled: Bools
+
+    @property
+    def attends(self) -> Bools:
+        """Heads that attend to their targets with an effect, or notably without one, [layers, heads]."""
+        return np.isin(self.verdict, ON_TARGETS)
 
     @property
     def induction(self) -> Bools:
@@ -85,17 +94,15 @@ class Detection(Attention):
         return [Head.at(*place) for place in by_score(self.score) if self.induction[place]]
 
 
-def attend(repeats: RowSums, controls: RowSums, needed: float, *, threshold: float | None = None) -> Attention:
+def attend(repeats: RowSums, controls: RowSums, *, threshold: float | None = None) -> Attention:
     """Compare each head's score with its own threshold, or with one `threshold` in [0, 1] for all heads.
 
-    `repeats`, `controls`: prefix matching, [rows, layers, heads], at the same cells with and without the repeat.
-    `needed`: how many standard deviations of its control cells a score must lie above their mean (`deviations`).
+    `repeats`, `controls`: prefix matching, [rows, layers, heads], at the same cells with and without the repeat; one
+    row with a repeat is enough, of controls there must be two or more.
     """
-    weights = _draws(len(repeats.counts))
-    score, limit, control = _against_null(repeats, controls, weights, needed, threshold)
-    low, high = percentile_interval(score[1:])
-    attends = score >= limit
-    return Attention(score[0], control[0], limit[0], low, high, (attends[1:] == attends[0]).mean(0))
+    once, each_control = (np.ones((1, len(sums.counts))) for sums in (repeats, controls))
+    score, control, limit = _against_null(repeats, controls, once, each_control, threshold)
+    return Attention(score[0], control[0], limit[0])
 
 
 def detect(repeats: Sums, controls: Sums, effect: Floats, *, threshold: float | None = None) -> Detection:
@@ -107,45 +114,49 @@ def detect(repeats: Sums, controls: Sums, effect: Floats, *, threshold: float | 
     """
     queries = repeats["prefix_matching"].counts  # those with a target
     weights = _draws(len(queries))
-    # At worst all queries of a row say the same: then each of the two means is one of as many values as there are rows.
-    needed = deviations(effect[0].size, float(np.sqrt(2 / len(queries))), len(queries) - 1)
     # Effects are measured on fewer rows than scores, so their rows are drawn again separately, from another seed.
     effects = resampled_mean(effect, _draws(len(effect), seed=1))
 
-    def passes(kind: str, fixed: float | None = None) -> tuple[Bools, Bools]:
-        score, limit, control = _against_null(repeats[kind], controls[kind], weights, needed, fixed)
-        return score >= limit, (limit >= 1) & (score >= control + LEAST_LIFT)
+    def passes(kind: str, fixed: float | None = None) -> tuple[Bools, Bools, Bools]:
+        """Which heads reach their threshold, which notably, and which cannot for want of one below 1."""
+        score, control, limit = _against_null(repeats[kind], controls[kind], weights, weights, fixed)
+        if fixed is not None:
+            return score >= limit, score >= limit, np.zeros_like(score, dtype=bool)
+        lift = score - control
+        return score >= limit, (score >= limit) & (lift >= NOTABLE), (limit >= 1) & (lift >= LEAST_LIFT)
 
     def gets_most(part: str) -> Bools:
         # Divided by all queries with a target, not by those that have a cell of this part: the parts must sum to 1.
         return np.tensordot(weights, repeats[part].sums, 1) / (weights @ queries)[:, None, None] > MOST
 
-    attends, unreachable = passes("prefix_matching", threshold)
+    attends, notably, unreachable = passes("prefix_matching", threshold)
     # The first condition that holds decides. A fixed threshold is about prefix matching, not about earlier copies.
     conditions = {
-        "undecided": unreachable if threshold is None else np.zeros_like(attends),
+        "undecided": unreachable,
         "induction": attends & (effects >= LEAST_EFFECT),
         "suppression": attends & (effects <= -LEAST_EFFECT),
-        "attends-only": attends,
-        "duplicate-token": passes("duplicate_token")[0],
+        "attends-only": notably,
+        "duplicate-token": passes("duplicate_token")[1],
         "previous-token": gets_most("budget_previous"),
         "first-token": gets_most("budget_bos"),
     }
     verdicts = np.select(list(conditions.values()), list(map(VERDICTS.index, conditions)), VERDICTS.index("none"))
-    found = attend(repeats["prefix_matching"], controls["prefix_matching"], needed, threshold=threshold)
-    parts = vars(found) | {"confidence": (verdicts[1:] == verdicts[0]).mean(0)}
-    resampled = verdicts[1:] == VERDICTS.index("induction")
-    return Detection(**parts, verdict=np.array(VERDICTS)[verdicts[0]], resampled=resampled)
+    found = attend(repeats["prefix_matching"], controls["prefix_matching"], threshold=threshold)
+    low, high = percentile_interval(repeats["prefix_matching"].resampled(weights[1:]))
+    return Detection(
+        **vars(found), low=low, high=high, verdict=np.array(VERDICTS)[verdicts[0]],
+        confidence=(verdicts[1:] == verdicts[0]).mean(0), resampled=verdicts[1:] == VERDICTS.index("induction"),
+    )  # fmt: skip
 
 
-def deviations(heads: int, error: float, freedom: int) -> float:
-    """How many standard deviations of its control cells a head's score must lie above their mean.
+def deviations(heads: int, rows: int, control_rows: int) -> float:
+    """How many standard deviations of a row a head's score on `rows` rows must lie above its mean on control rows.
 
-    A head that ignores the repeat passes with a probability of at most `FALSE_POSITIVES / heads` (Student's t).
-    `error`: standard error of score minus control for such a head, in standard deviations of its control cells.
-    `freedom`: degrees of freedom of that standard deviation.
+    A head that ignores the repeat passes with a probability of at most `FALSE_POSITIVES / heads`: score and control are
+    then means of `rows` and `control_rows` draws of one kind, and Student's t says how far they part by chance.
     """
-    return max(LEAST_DEVIATIONS, float(stdtrit(freedom, 1 - FALSE_POSITIVES / heads)) * error)
+    error = np.sqrt(1 / rows + 1 / control_rows)
+    return float(stdtrit(rows + control_rows - 2, 1 - FALSE_POSITIVES / heads) * error)
 
 
 def _draws(rows: int, seed: int = 0) -> Floats:
@@ -154,13 +165,18 @@ def _draws(rows: int, seed: int = 0) -> Floats:
 
 
 def _against_null(
-    repeats: RowSums, controls: RowSums, weights: Floats, needed: float, threshold: float | None
+    repeats: RowSums, controls: RowSums, rows: Floats, control_rows: Floats, threshold: float | None
 ) -> tuple[Floats, Floats, Floats]:
-    """Score, threshold and control, [resamples, layers, heads] each; rows count `weights` [resamples, rows] times."""
-    score, _ = repeats.resampled(weights)
-    control, spread = controls.resampled(weights)
-    limit = control + np.maximum(needed * spread, LEAST_LIFT) if threshold is None else np.full_like(score, threshold)
-    return score, limit, control
+    """Score, control and threshold, [resamples, layers, heads] each. `rows`, `control_rows`: how often each row counts,
+    [resamples, rows]."""
+    score, control = repeats.resampled(rows), controls.resampled(control_rows)
+    if threshold is not None:
+        return score, control, np.full_like(score, threshold)
+    n_rows, n_controls = rows.shape[1], control_rows.shape[1]
+    squares = repeats.squares_between(rows) + controls.squares_between(control_rows)
+    spread = np.sqrt(squares / (n_rows + n_controls - 2))
+    needed = deviations(score[0].size, n_rows, n_controls)
+    return score, control, control + np.maximum(needed * spread, LEAST_LIFT)
 
 
 def by_score(score: Floats) -> list[tuple[int, int]]:

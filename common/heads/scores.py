@@ -56,37 +56,19 @@ def score(model: Model, batch: TokenBatch, *, batch_size: int, advance: Advance 
     """
     rows = len(batch.tokens)
     parts = in_batches(lambda group: _score_at_once(model, batch.rows(*group)), rows, batch_size, advance)
-    sums, squares = np.concatenate(parts, axis=2)
     counts = [np.bincount(cells.queries()[0], minlength=rows) for cells in batch.cells.values()]
-    return HeadScores(dict(zip(batch.cells, map(RowSums, sums, squares, counts), strict=True)))
+    return HeadScores(dict(zip(batch.cells, map(RowSums, np.concatenate(parts, axis=1), counts), strict=True)))
 
 
 def _score_at_once(model: Model, batch: TokenBatch) -> Floats:
-    """What queries pay to their cells, and its square, summed: [2, head types, rows, layers, heads]."""
+    """What queries pay to their cells, summed: [head types, rows, layers, heads]."""
     totals: dict[int, torch.Tensor] = {}
 
     def add(layer: int, start: int, paid: torch.Tensor) -> None:
-        totals[layer] = totals.get(layer, 0.0) + torch.stack([paid.sum(2), paid.square().sum(2)])
+        totals[layer] = totals.get(layer, 0.0) + paid.sum(2)
 
     _read_cells(model, batch.tokens, list(batch.cells.values()), add)
-    return np.stack([plain(totals[layer]) for layer in range(model.n_layers)], 3)
-
-
-def per_query(model: Model, batch: TokenBatch, *, batch_size: int) -> Floats:
-    """What each query with a target pays to its targets, [queries, layers, heads]; by row, then by query."""
-
-    def at_once(rows: tuple[int, int]) -> Floats:
-        part = batch.rows(*rows)
-        cells = part.cells["prefix_matching"]
-        every = np.zeros((*part.tokens.shape, model.n_layers, model.n_heads))
-
-        def keep(layer: int, start: int, paid: torch.Tensor) -> None:
-            every[:, start : start + paid.shape[2], layer] = plain(paid[0])
-
-        _read_cells(model, part.tokens, [cells], keep)
-        return every[cells.queries()]
-
-    return np.concatenate(in_batches(at_once, len(batch.tokens), batch_size))
+    return np.stack([plain(totals[layer]) for layer in range(model.n_layers)], 2)
 
 
 def _read_cells(

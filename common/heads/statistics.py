@@ -25,10 +25,9 @@ LEVEL = 0.95  # of every interval
 
 @dataclass(frozen=True)
 class RowSums:
-    """Values summed per row: `sums` and `squares` [rows, ...] of the values and of their squares, `counts` [rows]."""
+    """Values summed per row: `sums` [rows, ...] of the values, `counts` [rows], how many there are."""
 
     sums: Floats
-    squares: Floats
     counts: Ints
 
     def __add__(self, other: RowSums) -> RowSums:
@@ -39,14 +38,27 @@ class RowSums:
         """Mean over all values, [...]; NaN if there are none."""
         return divided(self.sums.sum(0, keepdims=True), self.counts.sum(keepdims=True))[0]
 
-    def resampled(self, weights: Floats) -> tuple[Floats, Floats]:
-        """Mean and standard deviation, each [resamples, ...], with each row counted `weights` [resamples, rows] times;
-        NaN for a resample without values."""
-        counts = weights @ self.counts
-        mean = divided(np.tensordot(weights, self.sums, 1), counts)
-        mean_square = divided(np.tensordot(weights, self.squares, 1), counts)
+    def resampled(self, weights: Floats) -> Floats:
+        """Mean over all values, [resamples, ...], with each row counted `weights` [resamples, rows] times; NaN for a
+        resample without values."""
+        return divided(np.tensordot(weights, self.sums, 1), weights @ self.counts)
+
+    def squares_between(self, weights: Floats) -> Floats:
+        """Sum over rows of the squared distance of a row's mean from the mean over all values, [resamples, ...]; rows
+        are weighted as in `resampled`. Divided by one less than the number of rows it is the variance of a row's mean.
+
+        A row with more values counts more, as it does in the mean: its distance is that of its sum from `count * mean`,
+        over the mean count (the usual linearised variance of a ratio: Cochran 1977, Sampling Techniques, chapter 6).
+        """
+        mean, rows = self.resampled(weights), weights.sum(1)
+        squares, products, square_counts = (
+            np.tensordot(weights, values, 1)
+            for values in (self.sums**2, (self.sums.T * self.counts).T, self.counts.astype(np.float64) ** 2)
+        )
+        size = square_counts.reshape(-1, *[1] * (mean.ndim - 1))
         # Rounding can make the difference of equal numbers negative, and the root of that would be NaN.
-        return mean, np.sqrt(np.maximum(mean_square - mean**2, 0.0))
+        between = np.maximum(squares - 2 * mean * products + mean**2 * size, 0.0)
+        return divided(between, (weights @ self.counts / rows) ** 2)
 
 
 def divided(sums: Floats, counts: Ints | Floats) -> Floats:

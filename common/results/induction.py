@@ -271,9 +271,6 @@ def _text(model: Model, measured: Survey, number: int, text: str, ids: Ints, on_
     ranked = [place for place in order if found.induction[place]]
     if attention:
         columns |= {"control": attention.control, "threshold": attention.threshold, "attends": attention.attends}
-        columns["confidence"] = attention.confidence
-        if on_text.queries >= FEW:
-            columns["prefix_matching_interval"] = pairs(attention.low, attention.high)
     at_work = (place for place in ranked if attention and attention.attends[place])
     return TextResult(
         number=number, text=text, tokens=tuple(model.strings(ids)), ids=ids, queries=on_text.queries,

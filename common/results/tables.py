@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.attention.head import Head
+from common.heads.detection import ON_TARGETS
 from common.heads.statistics import Floats
 from common.heads.tokens import BUDGET
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from common.interventions.ablation import Ablation
     from common.interventions.effects import PathEffect
 
-ON_TARGETS = ("induction", "suppression", "attends-only")
 MOST_PRINTED = 20  # heads in the table at the terminal; all are in the files
 TERMS = 8  # terms listed of each decomposition
 SCREEN_LINES, SCREEN_WIDTH = 24, 100  # of a repr: a terminal's default height, and what fits beside other windows
@@ -114,7 +114,7 @@ class HeadRow(Screenful):
 
 @dataclass(frozen=True, repr=False)
 class HeadOnText(Screenful):
-    """One head's scores on one text, each in [0, 1]. None: no token of the text repeats, or (interval) too few do."""
+    """One head's scores on one text, each in [0, 1]. None: no token of the text repeats."""
 
     layer: int
     head: int
@@ -126,8 +126,6 @@ class HeadOnText(Screenful):
     control: float | None = None
     threshold: float | None = None
     attends: bool | None = None
-    confidence: float | None = None
-    prefix_matching_interval: Interval | None = None
 
 
 def rows(make: Callable[..., Made], columns: Mapping[str, NDArray[np.generic]]) -> tuple[Made, ...]:

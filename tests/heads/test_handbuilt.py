@@ -35,6 +35,8 @@ EVERY_KIND = {
     (1, 5): Role("before-duplicate", slot=0),
     (1, 6): Role("fixed-offset", offset=15),
     (1, 7): Role("fixed-offset", offset=22, strength=0.5),
+    (0, 8): Role("recency", writing=0.08),
+    (1, 8): Role("salient", writing=0.08),
 }
 
 
@@ -70,8 +72,8 @@ def lift(model: Model, drawn: Battery) -> tuple[np.ndarray, np.ndarray, np.ndarr
     """
     on, off = (scores.score(model, rows, batch_size=8) for rows in (drawn.repeats, drawn.controls))
     sums = off.sums["prefix_matching"]
-    spread = sums.resampled(np.ones((1, len(sums.counts))))[1][0]
-    error = spread / np.sqrt(sums.counts.sum())
+    rows = len(sums.counts)
+    error = np.sqrt(sums.squares_between(np.ones((1, rows)))[0] / (rows - 1) / rows)
     score = on.mean("prefix_matching")
     return score, score - off.mean("prefix_matching"), 4 * np.sqrt(2) * error
 
@@ -132,6 +134,10 @@ def oracle(role: Role, tokens: Ints) -> np.ndarray:
         if role.kind == "uniform":
             pattern[query, : query + 1] = 1 / (query + 1)
             continue
+        if role.kind == "recency":  # a quarter turn over the context; its sine is what every query asks for
+            late = np.exp(handbuilt.DRIFT * np.sin(np.arange(query + 1) * np.pi / 2 / handbuilt.CONTEXT))
+            pattern[query, : query + 1] = late / late.sum()
+            continue
         for key in wanted.get(role.kind, []):
             pattern[query, key] = role.strength
         pattern[query, 0] += 1 - pattern[query].sum()
@@ -140,7 +146,7 @@ def oracle(role: Role, tokens: Ints) -> np.ndarray:
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_every_kind_attends_as_its_definition_says(every_kind, length):
-    known = {head: role for head, role in EVERY_KIND.items() if role.kind != "random"}
+    known = {head: role for head, role in EVERY_KIND.items() if role.kind not in ("random", "salient")}
     for tokens in draw(every_kind, rows=2, length=length).repeats.tokens:
         shown = scores.patterns(every_kind, tokens, list(known))
         for (head, role), pattern in zip(known.items(), shown, strict=True):
@@ -158,7 +164,7 @@ def test_only_heads_on_the_targets_lift_their_score_over_the_control(random_mode
             assert score[head] == pytest.approx(role.strength, abs=0.03), (head, role)
             assert over_control[head] == pytest.approx(role.strength, abs=0.03), (head, role)
         else:
-            allowed = by_chance[head] if role.kind == "random" else 0.005
+            allowed = by_chance[head] if role.kind in ("random", "salient") else 0.005
             assert abs(over_control[head]) <= allowed, (head, role)
 
 
@@ -168,6 +174,33 @@ def test_a_random_head_is_neither_uniform_nor_on_the_targets(every_kind):
     assert pattern[-1].max() >= 3 / 64
     _, over_control, by_chance = lift(every_kind, drawn)
     assert abs(over_control[0, 7]) <= by_chance[0, 7] <= 0.04
+
+
+def test_a_salient_head_looks_for_the_same_tokens_from_everywhere(every_kind):
+    """What each query pays to a key, over what it pays to BOS, depends on the key's token alone."""
+    tokens = draw(every_kind, rows=1, length=64).repeats.tokens[0]
+    pattern = scores.patterns(every_kind, tokens, [(1, 8)])[0][-1]
+    turned = np.concatenate([tokens[:1], tokens[:0:-1]])
+    backwards = scores.patterns(every_kind, turned, [(1, 8)])[0][-1]
+    of_token = dict(zip(tokens.tolist(), pattern / pattern[0], strict=True))
+    assert backwards / backwards[0] == pytest.approx([of_token[token] for token in turned.tolist()], rel=0.05)
+    assert max(of_token.values()) > 20 * np.median(list(of_token.values())), "a heavy tail"
+
+
+def test_decoys_copy_and_none_attends_to_the_targets(tokenizer):
+    kinds = set()
+    for seed in range(20):
+        roles = handbuilt.decoys(seed, vocabulary=len(tokenizer)).roles.values()
+        assert all(role.writing == handbuilt.DECOY_COPY for role in roles)
+        kinds |= {role.kind for role in roles}
+    assert kinds == set(VERDICTS) - set(handbuilt.ON_TARGETS) - {"before-duplicate"}
+
+
+@pytest.mark.parametrize("weakest", [0.02, 0.1])
+def test_strengths_reach_down_to_the_weakest(weakest):
+    drawn = [handbuilt.draw_roles(np.random.default_rng(seed), weakest) for seed in range(300)]
+    strengths = [role.strength for roles in drawn for role in roles.values() if role.kind == "induction"]
+    assert weakest <= min(strengths) < 1.3 * weakest
 
 
 def silenced(built: HandBuilt, heads: list[tuple[int, int]]) -> HandBuilt:
@@ -222,7 +255,7 @@ def test_a_model_depends_on_its_seed_alone(tokenizer):
 
 
 def test_every_seed_gives_what_the_benchmark_needs():
-    drawn = [handbuilt.draw_roles(np.random.default_rng(seed)) for seed in range(200)]
+    drawn = [handbuilt.draw_roles(np.random.default_rng(seed)) for seed in range(400)]
     for roles in drawn:
         feeders = {
             role.slot: layer
@@ -252,5 +285,5 @@ def test_layer_norm_is_in_place(tokenizer):
     before, after = seen[0]
     assert before.mean(-1).abs().max() <= 1e-3
     assert after.std(-1, correction=0).numpy() == pytest.approx(1.0, abs=1e-3)
-    norm = np.sqrt(handbuilt.CONSTANT**2 + 3)  # and token, position, slot
+    norm = np.sqrt(handbuilt.CONSTANT**2 + 4)  # and token, position, drift, slot
     assert before.norm(dim=-1).numpy() == pytest.approx(norm, rel=0.01)

@@ -39,9 +39,9 @@ def slow_scores(folder, bos: int, rows: list[list[int]]) -> dict[str, np.ndarray
 
 
 def spread(measured: scores.HeadScores, head_type: str) -> np.ndarray:
-    """Standard deviation over queries, [layers, heads]."""
+    """Standard deviation over rows, [layers, heads]."""
     sums = measured.sums[head_type]
-    return sums.resampled(np.ones((1, len(sums.counts))))[1][0]
+    return np.sqrt(sums.squares_between(np.ones((1, len(sums.counts))))[0] / (len(sums.counts) - 1))
 
 
 def test_scores_agree_with_the_slow_oracle(random_gpt2, random_gpt2_folder, batch):
@@ -69,13 +69,6 @@ def test_the_attention_budget_is_all_of_the_attention(random_gpt2, batch):
         assert found[part][2, 1] == pytest.approx(np.mean(values), abs=1e-6), part
 
 
-def test_each_query_by_itself_adds_up_to_the_mean(random_gpt2, batch):
-    single = scores.per_query(random_gpt2, batch, batch_size=2)
-    whole = scores.score(random_gpt2, batch, batch_size=3)
-    assert single.shape == (whole.sums["prefix_matching"].counts.sum(), 3, 4)
-    assert single.mean(0) == pytest.approx(whole.mean("prefix_matching"), abs=1e-6)
-
-
 def test_batch_size_row_order_and_padding_change_nothing(random_gpt2, batch):
     whole = scores.score(random_gpt2, batch, batch_size=3)
     single = scores.score(random_gpt2, batch, batch_size=1)
@@ -96,15 +89,6 @@ def test_patterns_are_those_of_the_heads_asked_for(random_gpt2, random_gpt2_fold
     head, mean = scores.patterns(random_gpt2, tokens, [(2, 1), (1, None)])
     assert head == pytest.approx(attentions[2][0, 1].numpy(), abs=1e-6)
     assert mean == pytest.approx(attentions[1][0].mean(0).numpy(), abs=1e-6)
-
-
-def test_standard_deviation_is_over_queries(random_gpt2):
-    tokens = np.array([random_gpt2.bos, *ROWS[2]])
-    pattern = scores.patterns(random_gpt2, tokens, [(1, 2)])[0]
-    batch = TokenBatch.of([tokens], pad=random_gpt2.bos)
-    diagonal = [pattern[query, query - 1] for query in range(2, len(tokens))]
-    measured = scores.score(random_gpt2, batch, batch_size=1)
-    assert spread(measured, "previous_token")[1, 2] == pytest.approx(np.std(diagonal), abs=1e-6)
 
 
 def test_a_row_without_repeats_has_no_prefix_matching_score(random_gpt2):

@@ -17,7 +17,6 @@ rows_of_values = st.lists(
 def row_sums(rows: list[list[float]]) -> RowSums:
     return RowSums(
         np.array([[sum(row)] for row in rows]),
-        np.array([[sum(value**2 for value in row)] for row in rows]),
         np.array([len(row) for row in rows]),
     )
 
@@ -32,9 +31,25 @@ def test_a_resample_is_the_rows_drawn_and_put_together(rows, seed):
     drawn = np.random.default_rng(seed).integers(len(rows), size=len(rows))
     weights = np.bincount(drawn, minlength=len(rows)).astype(float)[None]
     values = np.concatenate([rows[row] for row in drawn])
-    mean, spread = row_sums(rows).resampled(weights)
-    assert mean.item() == pytest.approx(values.mean())
-    assert spread.item() == pytest.approx(values.std(), abs=1e-7)
+    assert row_sums(rows).resampled(weights).item() == pytest.approx(values.mean())
+
+
+@given(st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=2, max_size=6), st.integers(0, 100))
+def test_squares_between_rows_of_one_length_are_those_of_their_means(rows, seed):
+    drawn = np.random.default_rng(seed).integers(len(rows), size=len(rows))
+    weights = np.bincount(drawn, minlength=len(rows)).astype(float)[None]
+    expected = np.var([np.mean(rows[row]) for row in drawn]) * len(rows)
+    assert row_sums(rows).squares_between(weights).item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_squares_between_rows_of_different_lengths():
+    """Rows 0, 0, 0 and 1: mean 1/4; their sums 0 and 1 differ by -3/4 and 3/4 from 3 and 1 times that; mean count 2."""
+    measured = row_sums([[0.0, 0.0, 0.0], [1.0]]).squares_between(np.ones((1, 2)))
+    assert measured.item() == pytest.approx(2 * (0.75 / 2) ** 2)
+
+
+def test_one_row_differs_from_none():
+    assert row_sums([[0.5, 0.7]]).squares_between(np.ones((1, 1))) == pytest.approx(0.0)
 
 
 @given(rows_of_values, st.integers(0, 5))

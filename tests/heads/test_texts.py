@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.heads.scores import patterns
 from common.heads.texts import CONTROL_ROWS, score_text
 from common.heads.tokens import TokenBatch, with_controls
 from tests.handbuilt import COPY, Role
@@ -82,9 +84,18 @@ def test_nothing_repeats_nothing_is_said(model):
 
 
 def test_the_null_is_read_at_the_same_cells(model):
-    """With as many control rows as stated, each query's null is the mean over them."""
-    found = scored(model, 5, 6, 7, 5, 6, 7)
-    assert CONTROL_ROWS == 32
-    assert found.attention.control.shape == (2, 2)
-    assert (found.attention.low <= found.attention.score + 1e-12).all()
-    assert (found.attention.score <= found.attention.high + 1e-12).all()
+    """By hand: whole patterns of the text and of its controls, at the cells of the text."""
+    tokens = np.array([model.bos, 5, 6, 7, 8, 5, 6, 7])
+    found = scored(model, *tokens[1:])
+    cells = [(5, 2), (6, 3), (7, 4)]
+    batch = TokenBatch.of([tokens], pad=model.bos)
+    controls = with_controls(batch, model.ordinary(), rows=CONTROL_ROWS, seed=0)[1]
+    for place in ROLES:
+        paid = [patterns(model, row, [place])[0] for row in (tokens, *controls.tokens)]
+        score, *null = [np.mean([pattern[cell] for cell in cells]) for pattern in paid]
+        assert found.attention.score[place] == pytest.approx(score, abs=1e-6)
+        assert found.attention.control[place] == pytest.approx(np.mean(null), abs=1e-6)
+        spread = np.std(null, ddof=1)
+        # Student's t of 1 + 32 - 2 degrees of freedom at 1 - 0.01 / 4 heads, one row against 32
+        limit = np.mean(null) + max(scipy.stats.t.ppf(0.9975, 31) * np.sqrt(1 + 1 / 32) * spread, 0.01)
+        assert found.attention.threshold[place] == pytest.approx(limit, abs=1e-6)

@@ -272,7 +272,7 @@ def mini_scores(mini, mini_rows):
 def induction(mini_scores) -> list[Head]:
     """The detected heads, highest score first."""
     repeats, controls = (measured.sums["prefix_matching"] for measured in mini_scores)
-    found = detection.attend(repeats, controls, detection.deviations(repeats.sums[0].size, 0.5, 7))
+    found = detection.attend(repeats, controls)
     return [Head.at(*place) for place in detection.by_score(found.score) if found.attends[place]]
 
 
