@@ -10,7 +10,7 @@ import torch
 from transformer_lens.head_detector import detect_head
 
 from benchmarks import detection as benchmark
-from benchmarks.detection import Agreement, Decision, Judged, Subject
+from benchmarks.detection import Agreement, Said, Subject
 from common.attention.head import Head
 from common.heads import metrics, scores
 from common.heads.labels import Labels
@@ -61,48 +61,64 @@ def test_detect_head_says_the_same_of_the_model_itself(paper_case):
     assert by_ids.tolist() == detect_head(paper_case.bridge, text, "induction_head").tolist()
 
 
-def judged(group: str, truth: list, said: list, length: int = 32) -> Judged:
+def said(group: str, truth: list[int], heads: list[int], length: int = 32, strength: float = 0.9) -> Said:
     array = np.zeros((1, 4), dtype=bool)
-    array[0, said] = True
-    heads = frozenset(Head.at(0, head) for head in truth)
-    return Judged("method", Subject("some", group, heads, heads), length, Decision(array, array))
+    array[0, heads] = True
+    true = frozenset(Head.at(0, head) for head in truth)
+    roles = {Head.at(0, head): handbuilt.Role("induction", strength) for head in truth}
+    return Said("fixed 0.1", True, Subject("some", group, 24, true, true, roles), length, array)
 
 
 def test_summary_of_a_case_worked_out_by_hand():
     """Two hand-built models: one of two found (P 1, R 1/2, F1 2/3), one found and one false (P 1/2, R 1, F1 2/3)."""
     entry = benchmark.summary(
-        "method",
         [
-            judged("hand-built", [0, 1], [0], length=32),
-            judged("hand-built", [0], [0, 3], length=64),
-            judged("mini", [2], [2]),
-            judged("negative", [], [1]),
-            judged("negative", [], []),
-            judged("forming", [1], [3]),
-        ],
+            said("hand-built", [0, 1], [0], length=32, strength=0.04),
+            said("hand-built", [0], [0, 3], length=64),
+            said("mini", [2], [2]),
+            said("decoys", [], [1]),
+            said("decoys", [], []),
+            said("random", [], []),
+            said("forming", [1], [3]),
+        ]
     )
+    assert (entry["method"], entry["effect_rule"]) == ("fixed 0.1", True)
     assert (entry["precision"], entry["recall"]) == pytest.approx((0.75, 0.75))
     assert entry["f1"] == pytest.approx(2 / 3)
-    assert entry["by_length"] == pytest.approx({32: 2 / 3, 64: 2 / 3})
+    assert entry["f1_by_length"] == pytest.approx({32: 2 / 3, 64: 2 / 3})
+    assert entry["f1_by_vocabulary"] == pytest.approx({24: 2 / 3})
+    assert entry["recall_by_strength"] == {0.05: 0.5, 1.0: 1.0}
     assert entry["f1_pooled"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert entry["f1_mini"] == 1
-    assert (entry["false_per_1000"], entry["negative_decisions"]) == (125, 8)
+    assert entry["false_per_1000"] == {"decoys": 125, "random": 0, "before": 0}
+    assert entry["decisions"] == {"decoys": 8, "random": 4, "before": 0}
+
+
+def test_mistakes_are_named_with_what_the_head_is():
+    assert benchmark.mistakes(said("hand-built", [0, 1], [0, 3], strength=0.04)) == [
+        {"model": "some", "words": 24, "length": 32, "false": ["0.3"], "missed": ["0.1 induction 0.04"]}
+    ]
+    assert benchmark.mistakes(said("hand-built", [2], [2])) == []
 
 
 def test_the_benchmark_runs_from_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "FORMING", ("step-0300",))
-    out = tmp_path / "out"
-    assert benchmark.main(["--models", "2", "--random", "1", "--lengths", "32", "64", "--out", str(out)]) == 0
-    results = json.loads((out / "results.json").read_text())
-    summary = {entry["method"]: entry for entry in results["summary"]}
-    assert len(summary) == 1 + 3 * len(benchmark.THRESHOLDS)
-    assert len(results["decisions"]) == len(summary) * 2 * (2 + 1 + 1 + 1 + 1)
-    assert summary["dynamic"]["f1"] == 1
-    assert summary["dynamic"]["f1_mini"] == 1
-    assert summary["fixed 0.7"]["recall"] < summary["fixed 0.1"]["recall"]
+    out = tmp_path / "out" / "results.json"
+    few = ["--models", "2", "--decoys", "2", "--random", "1", "--lengths", "24", "48"]
+    assert benchmark.main([*few, "--out", str(out)]) == 0
+    results = json.loads(out.read_text())
+    summary = {(entry["method"], entry["effect_rule"]): entry for entry in results["summary"]}
+    assert len(summary) == 2 * (1 + 3 * len(benchmark.THRESHOLDS))
+    ours = summary["dynamic", True]
+    assert ours["f1"] == ours["f1_mini"] == 1
+    assert ours["false_per_1000"] == {"decoys": 0, "random": 0, "before": 0}
+    assert results["wrong"] == []
+    assert summary["fixed 0.7", True]["recall"] < summary["fixed 0.01", True]["recall"] == 1
+    assert summary["fixed 0.01", True]["false_per_1000"]["decoys"] > 100, "decoys copy what they look at"
+    assert summary["fixed 0.01", True]["precision"] > summary["fixed 0.01", False]["precision"]
     shown = capsys.readouterr()
     assert "detect_head 0.4" in shown.out and "…" not in shown.out
-    assert "1/6 hand-built 1000000" in shown.err
+    assert "1/8 hand-built 1000000" in shown.err
 
 
 @pytest.mark.parametrize("length", ["7", "300"])
