@@ -221,10 +221,17 @@ class Call:
             made[:, :, head] = self.output_of(head)
         return made
 
+    @property
+    def unfused(self) -> str | None:
+        """What the layer does that the fused kernel does not know, so that it runs block by block; None if nothing."""
+        if self.softcap is not None:
+            return "caps its scores"
+        return None if self.sinks is None else "has an attention sink"
+
     @cached_property
     def _fused(self) -> Tensor:
         """[batch, query, head, d_head] without edits."""
-        if self.softcap is not None or self.sinks is not None:  # the fused kernel knows neither
+        if self.unfused:
             return self._in_blocks()
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

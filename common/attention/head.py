@@ -16,13 +16,26 @@ class Place(NamedTuple):
     layer: int
 
 
-class Head(NamedTuple):
-    """One attention head: `layer` and `head` count from 0, `stack` is "" where the model has one stack, else `encoder`,
-    `decoder` or `cross`. Printed `5.1`, or `cross 2.3`."""
-
+class _Fields(NamedTuple):
     stack: str
     layer: int
     head: int
+
+
+class Head(_Fields):
+    """One attention head: `layer` and `head` count from 0, `stack` is "" where the model has one stack, else `encoder`,
+    `decoder` or `cross`. Printed `5.1`, or `cross 2.3`."""
+
+    __slots__ = ()
+
+    def __new__(cls, stack: str, layer: int, head: int | None = None) -> Head:
+        """Raises UserError where the stack is left out, as `Head.at` allows."""
+        if head is None or not isinstance(stack, str):
+            given = ", ".join(repr(one) for one in (stack, layer, head) if one is not None)
+            raise UserError(
+                f'Head({given}) names no head: write Head.at(1, 0) or Head.parse("1.0") for head 0 of layer 1'
+            )
+        return super().__new__(cls, stack, layer, head)
 
     @classmethod
     def at(cls, layer: int, head: int, stack: str = ONLY_STACK) -> Head:

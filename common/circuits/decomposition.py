@@ -6,7 +6,13 @@ of the model wrote into the residual stream (Elhage et al. 2021, "A Mathematical
 1. Read what each part wrote (`written`). What MLP 0 makes of a token, or of a head of layer 0, counts as theirs.
 2. Read each part as the head does (`split_heads`): through the frozen norm, the head's weights, and rotation.
 3. Multiply query parts with key parts (`decompose`). Softmax ignores a constant added to a row, so the terms are given
-   relative to the other keys that the query could have looked at, too: their sum is the score advantage.
+   relative to the other tokens that the query could have looked at, too: their sum is the score advantage.
+
+BOS competes in the softmax like any key, but does not count among these others. The advantage asks what makes the head
+look at this token and not at another one; whether it looks at any token at all, or rests on BOS, is another question.
+BOS is where the attention goes that goes nowhere, and its score would rule the mean over a few tokens. So BOS is left
+out, that is said wherever the number is, and the advantage over BOS alone stands beside it. A cell whose query sees no
+other token has no advantage: it is left out of the mean, and counted.
 
 Every sum is compared with what it must add up to; one that does not is refused.
 """
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
     from common.loading.model import Model
 
 SUM_ERRORS = 1e-4, 5e-2  # largest relative error of a sum: in float32; in 16 bits, which round after every layer
+INDUCTION_CELLS = "induction cells"
 FALLBACK_CELLS = 3  # cells decomposed on a row that has no induction cell
 CONTEXTS = 32  # rows over which the mean output of MLP 0 is taken
 
@@ -214,8 +221,10 @@ class Decomposition:
     `cells` are (query, key), `kind` says which: induction cells, or those with most attention. `raw`: [source, source],
     sums to `score`, the mean over the cells of scale · q·k (before soft-cap and position bias). `terms`: the same for
     `score_advantage`, the mean over the cells of the score minus the mean score of the other keys that the query sees,
-    BOS and the query's other cells left out: what is the same for every key drops out. `error` is the largest error of
-    both sums over the cells, relative to the head's largest score on the row.
+    BOS and the query's other cells left out: what is the same for every key drops out. `alone`: how many of the cells
+    have no such key; `score` and `raw` count them, the score advantage does not. `over_bos`: the mean over the cells of
+    the score minus that of BOS at the same query, None where a window hides BOS from all of them. `error` is the
+    largest error of both sums over the cells, relative to the head's largest score on the row.
     """
 
     sources: tuple[str, ...] = field(repr=False)
@@ -225,7 +234,23 @@ class Decomposition:
     terms: Floats = field(repr=False)
     score: float
     score_advantage: float
+    over_bos: float | None
+    alone: int
     error: float
+
+    def title(self, head: str) -> str:
+        """What is decomposed; where the text has no induction cell, that other cells are shown."""
+        on = "" if self.kind == INDUCTION_CELLS else f" (no induction cell here: {self.kind})"
+        return f"What the scores of head {head} are made of{on}"
+
+    def advantage(self) -> str:
+        """The score advantage for a reader, and over what it is one."""
+        bos = "BOS is out of sight" if self.over_bos is None else f"over BOS: {self.over_bos:.2f}"
+        said = f"score advantage {self.score_advantage:.2f} over the other tokens in sight, BOS left out ({bos})"
+        if not self.alone:
+            return said
+        cells = "1 cell has" if self.alone == 1 else f"{self.alone} cells have"
+        return f"{said}; {cells} no other token in sight and so no part in it"
 
     def top(self, count: int) -> list[tuple[str, str, float]]:
         """The `count` largest terms in size, largest first: (query source, key source, part of `score_advantage`)."""
@@ -237,6 +262,7 @@ class Decomposition:
         """The numbers as results.json holds them, with the `count` largest terms."""
         return {
             "cells": self.cells, "cells_are": self.kind, "score": self.score, "score_advantage": self.score_advantage,
+            "score_advantage_over_bos": self.over_bos, "cells_without_advantage": self.alone,
             "relative_error": self.error, "sources": self.sources,
             "terms": [{"query": query, "key": key, "value": value} for query, key, value in self.top(count)],
         }  # fmt: skip
@@ -265,7 +291,8 @@ def decompose(
 
     `heads` are numbers within the layer of `interaction`, whose row 0 is `tokens`. Without cells those
     `FALLBACK_CELLS` with most attention are taken, head by head. Raises UserError where the terms do not sum to the
-    model's own score within `SUM_ERRORS`, relative: then q and k are no linear function of the residual stream.
+    model's own score within `SUM_ERRORS`, relative: then q and k are no linear function of the residual stream; and
+    where no cell of a head has another token in sight.
     """
     allowed = largest_allowed(SUM_ERRORS, model.dtype)
     found = {}
@@ -281,42 +308,56 @@ def decompose(
 
 def _decomposition(split: SplitHead, interaction: Interaction, head: int, cells: CellPairs) -> Decomposition:
     rules, products = interaction.rules, interaction.products[0, head]
+    visible = rules.visible[0]
     chosen = cells or largest_cells(interaction.pattern[0, head], FALLBACK_CELLS)
     query, key = np.array(chosen, dtype=np.int64).T
+    others = _other_keys(visible, query, key)
+    compared = others.any(-1)
+    if not compared.any():
+        raise UserError(
+            f"no score advantage of head {Head.at(interaction.layer, head)}: no query of its cells sees another token "
+            "besides BOS; a longer text has more"
+        )
     q, k = rules.scale * split.q[:, query], split.k[:, key]
-    against = k - np.einsum("cp,spd->scd", _other_keys(rules.visible[0], query, key), split.k)
-    score, advantage = products[query, key], score_advantages(products, rules.visible[0], query, key)
+    against = k[:, compared] - np.einsum("cp,spd->scd", others[compared], split.k)
+    score, advantage = products[query, key], score_advantages(products, visible, query, key)[compared]
     # What the parts sum to, cell by cell, less what they must sum to.
-    off = [(q.sum(0) * k.sum(0)).sum(-1) - score, (q.sum(0) * against.sum(0)).sum(-1) - advantage]
+    off = [(q.sum(0) * k.sum(0)).sum(-1) - score, (q[:, compared].sum(0) * against.sum(0)).sum(-1) - advantage]
+    resting = (score - products[query, 0])[visible[query, 0]]
     return Decomposition(
         sources=split.sources,
         cells=tuple((int(query), int(key)) for query, key in chosen),
-        kind="induction cells" if cells else "cells with most attention",
+        kind=INDUCTION_CELLS if cells else "cells with most attention",
         raw=np.tensordot(q, k, axes=([1, 2], [1, 2])) / len(chosen),  # mean over cells of q·k, source by source
-        terms=np.tensordot(q, against, axes=([1, 2], [1, 2])) / len(chosen),
+        terms=np.tensordot(q[:, compared], against, axes=([1, 2], [1, 2])) / compared.sum(),
         score=float(score.mean()),
         score_advantage=float(advantage.mean()),
-        error=float(np.abs(off).max() / max(np.abs(products[rules.visible[0]]).max(), np.finfo(float).tiny)),
+        over_bos=float(resting.mean()) if len(resting) else None,
+        alone=int((~compared).sum()),
+        error=float(np.abs(np.concatenate(off)).max() / max(np.abs(products[visible]).max(), np.finfo(float).tiny)),
     )
 
 
 def score_advantages(products: Floats, visible: Bools, query: Ints, key: Ints) -> Floats:
-    """[cells]: each cell's entry of `products` [query, key], less the mean over its query's `_other_keys`."""
-    return products[query, key] - (_other_keys(visible, query, key) * products[query]).sum(-1)
+    """[cells]: each cell's entry of `products` [query, key], less the mean over its query's `_other_keys`; NaN for a
+    cell without such keys, which has no advantage."""
+    others = _other_keys(visible, query, key)
+    return np.where(others.any(-1), products[query, key] - (others * products[query]).sum(-1), np.nan)
 
 
 def _other_keys(visible: Bools, query: Ints, key: Ints) -> Floats:
     """[cells, pos]: weights that average over the keys a query sees besides BOS and its own cells; 0 if none."""
     others = visible.copy()
-    others[:, 0] = False  # BOS takes the attention that goes nowhere: its score says nothing of the other keys
+    others[:, 0] = False  # why, the module's first lines say
     others[query, key] = False
     return others[query] / np.maximum(others[query].sum(-1, keepdims=True), 1.0)
 
 
 def largest_cells(pattern: Floats, count: int) -> list[tuple[int, int]]:
-    """The `count` (query, key) cells with most attention in a pattern [query, key], BOS and first query left out."""
+    """The `count` (query, key) cells with most attention in a pattern [query, key], one per query, BOS and first query
+    left out."""
+    # One per query: two cells of one query would leave each other out of the keys they are compared with.
     candidates = np.where(np.tril(np.ones_like(pattern, dtype=bool)), pattern, -1.0)
-    candidates[:2], candidates[:, 0] = -1.0, -1.0  # query 1 sees BOS and itself alone
-    order = np.argsort(-candidates, axis=None, kind="stable")[:count]
-    cells = [divmod(int(place), len(pattern)) for place in order]
-    return [cell for cell in cells if candidates[cell] >= 0]
+    candidates[:, 0] = -1.0
+    best = [(int(query), int(candidates[query].argmax())) for query in range(2, len(pattern))]  # 1 sees BOS and itself
+    return sorted(best, key=lambda cell: -candidates[cell])[:count]

@@ -69,8 +69,8 @@ class Attention:
 class Detection(Attention):
     """`Attention` with each head's `verdict`, one of `VERDICTS`, [layers, heads]; `confidence` is that of the verdict.
 
-    `low`, `high`: the ends of the score's 95 % interval over rows.
-    `resampled`: [resamples, layers, heads], which heads are induction heads when rows are drawn again.
+    `low`, `high`: the ends of the score's 95 % interval over rows. `resampled`, `resampled_attends`: [resamples, layers,
+    heads], which heads are induction heads, or attend to their targets, when rows are drawn again.
     """
 
     low: Floats
@@ -78,6 +78,7 @@ class Detection(Attention):
     confidence: Floats
     verdict: NDArray[np.str_]
     resampled: Bools
+    resampled_attends: Bools
 
     @property
     def attends(self) -> Bools:
@@ -143,9 +144,10 @@ def detect(repeats: Sums, controls: Sums, effect: Floats, *, threshold: float | 
     verdicts = np.select(list(conditions.values()), list(map(VERDICTS.index, conditions)), VERDICTS.index("none"))
     found = attend(repeats["prefix_matching"], controls["prefix_matching"], threshold=threshold)
     low, high = percentile_interval(repeats["prefix_matching"].resampled(weights[1:]))
+    names = np.array(VERDICTS)[verdicts]
     return Detection(
-        **vars(found), low=low, high=high, verdict=np.array(VERDICTS)[verdicts[0]],
-        confidence=(verdicts[1:] == verdicts[0]).mean(0), resampled=verdicts[1:] == VERDICTS.index("induction"),
+        **vars(found), low=low, high=high, confidence=(verdicts[1:] == verdicts[0]).mean(0), verdict=names[0],
+        resampled=names[1:] == "induction", resampled_attends=np.isin(names[1:], ON_TARGETS),
     )  # fmt: skip
 
 

@@ -11,44 +11,86 @@ from numpy.typing import NDArray
 from common.heads.statistics import Floats, percentile_interval
 
 if TYPE_CHECKING:
+    from common.heads.detection import Detection
     from common.heads.labels import Labels
 
 HeadMask = NDArray[np.bool_]  # [layers, heads]
+INDUCTION = "induction heads"
+ATTENDING = "heads that attend to their targets, whatever their effect"
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Agreement with the `labels` of that name, each number in [0, 1], higher is better.
+    """Agreement with the `labels` of that source, each number in [0, 1], higher is better.
 
-    `average_precision` is None if no head is labelled. `intervals`: the 95 % intervals of `precision`, `recall` and
-    `f1` over the rows that detection drew; the labels stay the same.
+    `kind`: what the labels rest on, `labels_are`: the same in words, `measured`: what was measured for them;
+    `compared`: which of our heads are compared with them; `not_counted`: the heads that count neither way.
+    `precision`, `f1` and `average_precision` are None for labels that say nothing of the heads outside their list, the
+    last also if no head is labelled. `intervals`: the 95 % intervals over the rows that detection drew of those that
+    are not None; the labels stay the same.
     """
 
-    precision: float
+    precision: float | None
     recall: float
-    f1: float
+    f1: float | None
     average_precision: float | None
     labels: str
     intervals: dict[str, tuple[float, float]]
+    kind: str
+    labels_are: str
+    measured: str
+    compared: str
+    not_counted: tuple[str, ...]
 
     def sentence(self) -> str:
-        """Precision, recall and F1 for a reader, F1 with its interval."""
-        interval = "95 % over rows: {:.2f} to {:.2f}".format(*self.intervals["f1"])
-        return f"precision {self.precision:.2f}, recall {self.recall:.2f}, F1 {self.f1:.2f} ({interval})"
+        """What is compared with what, and precision, recall and F1, the last of them with its interval."""
+        said = [f"Agreement of {self.compared} with {self.labels_are}: {self._numbers()}."]
+        if self.not_counted:
+            said.append(f"Named by the source with less support and not counted: {', '.join(self.not_counted)}.")
+        return " ".join(said)
+
+    def _numbers(self) -> str:
+        name = "recall" if self.f1 is None else "f1"
+        interval = "(95 % over rows: {:.2f} to {:.2f})".format(*self.intervals[name])
+        if self.f1 is None or self.precision is None:
+            why = "no precision, as the labels say nothing of other heads"
+            return f"recall {self.recall:.2f} {interval}; {why}"
+        return f"precision {self.precision:.2f}, recall {self.recall:.2f}, F1 {self.f1:.2f} {interval}"
 
 
-def evaluate(detected: HeadMask, score: Floats, resampled: HeadMask, labels: Labels) -> Metrics:
-    """Precision, recall and F1 of `detected`, average precision of `score`, both [layers, heads]. `resampled`:
-    [resamples, layers, heads], what is detected when rows are drawn again."""
+def compared_with(found: Detection, labels: Labels) -> tuple[str, HeadMask, HeadMask]:
+    """Which of our heads `labels` can judge: what they are called, [layers, heads], [resamples, layers, heads].
+
+    Labels that rest on attention alone are compared with attention alone: that a head does nothing with what it attends
+    to is no error against them, and that it does something no success.
+    """
+    if labels.kind == "attention":
+        return ATTENDING, found.attends, found.resampled_attends
+    return INDUCTION, found.induction, found.resampled
+
+
+def evaluate(
+    detected: HeadMask, score: Floats, resampled: HeadMask, labels: Labels, compared: str = INDUCTION
+) -> Metrics:
+    """Agreement of `detected` and of `score`, both [layers, heads], with `labels`. `resampled`: [resamples, layers,
+    heads], what is detected when rows are drawn again. `compared`: what the detected heads are called; `compared_with`
+    says which of them the labels can judge."""
     from sklearn.metrics import average_precision_score  # not above: importing sklearn writes to os.environ
 
-    truth = labels.mask(detected.shape)
-    average = float(average_precision_score(truth.ravel(), score.ravel())) if truth.any() else None
-    low, high = percentile_interval(agreement(truth, resampled).T)
+    truth, counted = labels.mask(detected.shape), labels.counted(detected.shape)
+    average = float(average_precision_score(truth[counted], score[counted])) if truth.any() else None
+    numbers = agreement(truth, detected & counted).tolist()
+    low, high = percentile_interval(agreement(truth, resampled & counted).T)
     names = ("precision", "recall", "f1")
-    intervals = dict(zip(names, zip(low.tolist(), high.tolist(), strict=True), strict=True))
-    precision, recall, f1 = agreement(truth, detected).tolist()
-    return Metrics(precision, recall, f1, average, labels.source, intervals)
+    measured = dict(zip(names, zip(numbers, low.tolist(), high.tolist(), strict=True), strict=True))
+    known = {name: values for name, values in measured.items() if labels.complete or name == "recall"}
+    return Metrics(
+        precision=known["precision"][0] if labels.complete else None, recall=known["recall"][0],
+        f1=known["f1"][0] if labels.complete else None, average_precision=average if labels.complete else None,
+        labels=labels.source, intervals={name: (low, high) for name, (_, low, high) in known.items()},
+        kind=labels.kind, labels_are=labels.called(), measured=labels.measured, compared=compared,
+        not_counted=tuple(str(head) for head in sorted(labels.uncertain)),
+    )  # fmt: skip
 
 
 def agreement(truth: HeadMask, detected: HeadMask) -> Floats:

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 
 LEAST = 0.05  # nats; the size that counts as an effect in the project's facts on SmolLM2-135M
 LABEL_ROWS = 32
+MEASURED = (
+    "the rise of the loss at repeats under attention knockout of the head's targets, and what they add to the correct "
+    "token's logit directly"
+)
 LABEL_FROM = 1_000_000  # detection draws rows from 0 on, from the same seed
 
 
@@ -52,7 +56,7 @@ class CausalEffects:
 
     def labels(self) -> Labels:
         """The induction heads by the rule of this module."""
-        return Labels(frozenset(self.heads(+1)), self.source)
+        return Labels(frozenset(self.heads(+1)), self.source, "causal", MEASURED)
 
     def heads(self, sign: int) -> list[Head]:
         """Heads that raise (+1) or only lower (-1) the correct token by `LEAST` nats or more, surely."""
@@ -70,7 +74,9 @@ class CausalEffects:
         for place in np.ndindex(*self.needed.shape[1:]):
             by_head[str(Head.at(*place))] = {kind: values[place].tolist() for kind, values in numbers.items()}
         return {
+            "kind": "causal",
             "source": self.source,
+            "measured": MEASURED,
             "induction_heads": names(self.heads(+1)),
             "suppression_heads": names(self.heads(-1)),
             "effects_in_nats_with_95_percent_intervals": by_head,

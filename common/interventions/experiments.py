@@ -204,7 +204,7 @@ def removal(model: Model, tokens: Ints, met: Interaction, head: Head, split: Dec
     change = (interact(model, tokens[None], met.layer, removed.edits).products - met.products)[0, head.head]
     query, key = np.array(split.cells).T
     advantage = score_advantages(change, met.rules.visible[0], query, key)
-    measured = [float(each.mean()) for each in (advantage, change[query, key])]
+    measured = [float(np.nanmean(each)) for each in (advantage, change[query, key])]  # a cell alone has no advantage
     off = max(abs(one - other) for one, other in zip(measured, predicted, strict=True))
     return {
         "source": str(source), "predicted": predicted[0], "measured": measured[0], "score_predicted": predicted[1],

@@ -58,7 +58,10 @@ def _checked(model: Model) -> Model:
             raise UserError(f"'{model.name}' fails the self-check in layer {layer}: {complaint}")
     _check_finite(model, tokens)
     _compare(model, tokens, own)
-    return replace(model, refused=_refused(model, tokens))
+    slow = _unfused(model, tokens)
+    why = f"no fused attention in {len(slow)} of {model.n_layers} layers, which run block by block: each"
+    notes = (*model.notes, *[f"{why} {reason}" for reason in slow[:1]])
+    return replace(model, refused=_refused(model, tokens), unfused_layers=len(slow), notes=notes)
 
 
 def _row(model: Model) -> NDArray[np.int64]:
@@ -153,6 +156,13 @@ def _compare(model: Model, tokens: NDArray[np.int64], own: dict[int, Tensor]) ->
             )
 
     model.read(tokens, compare)
+
+
+def _unfused(model: Model, tokens: NDArray[np.int64]) -> list[str]:
+    """Of each layer that no fused kernel can run, why."""
+    found: list[str | None] = []
+    model.read(tokens, lambda layer, call: found.append(call.unfused))
+    return [reason for reason in found if reason]
 
 
 def _largest_sum(call: Call) -> float:

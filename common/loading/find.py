@@ -6,6 +6,7 @@ seconds.
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import threading
@@ -48,17 +49,21 @@ def _shown(name: str) -> str:
     return escaped(name).replace("\\", "_") if not name.isprintable() else name or "model"
 
 
+class _NotHad(UserError):
+    """A named model cannot be had: `reason` says why, in a clause without a remedy; the message has both."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 def _auto() -> tuple[Path, str, str]:
     """GPT-2 small where it can be had within `PATIENCE` seconds, else `mini`, with the reason."""
     try:
         folder, shown, source = _from_hub(GPT2)
         return folder, shown, f"{source}, chosen by --model auto"
-    except UserError:
-        return (
-            MINI,
-            "mini",
-            "bundled with this project; --model auto found GPT-2 small neither in the cache nor on the hub",
-        )
+    except _NotHad as error:
+        return MINI, "mini", f"bundled with this project; --model auto could not have GPT-2 small: {error.reason}"
 
 
 class _Patterns(TypedDict):
@@ -76,27 +81,39 @@ def _from_hub(name: str) -> tuple[Path, str, str]:
 
     repository = resolve_model_alias(name) or name
     wanted = _Patterns(allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+    cached = "it is not in the local Hugging Face cache"
     try:
         folder = Path(snapshot_download(repository, local_files_only=True, **wanted))
         if has_weights(folder):
             return folder, name, "local Hugging Face cache"
+        cached = "its copy in the local Hugging Face cache has no safetensors weights, or not all of them"
     except HFValidationError:
         raise UserError(
             f"'{name}' is neither a folder nor a model name{_nearest(name)}; --model mini is bundled"
         ) from None
     except LocalEntryNotFoundError:
         pass
-    _ask_hub(repository, name)
+    _ask_hub(repository, name, cached)
     try:
         return Path(snapshot_download(repository, **wanted)), name, "downloaded from the Hugging Face hub"
     except Exception as error:
-        raise UserError(f"downloading '{name}' failed ({first_line(error)}); --model mini needs no network") from error
+        reason = f"downloading it failed ({_why(error)})"
+        raise _NotHad(
+            f"downloading '{name}' failed ({_why(error)}); --model mini needs no network", f"{cached}, and {reason}"
+        ) from error
 
 
-def _ask_hub(repository: str, name: str) -> None:
-    """Return if the hub has the model; raise UserError if it has not, or does not answer in time."""
+def _why(error: BaseException) -> str:
+    """What went wrong, in a clause."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "no space left on the disk of the cache, which HF_HOME names" if full else escaped(first_line(error))
+
+
+def _ask_hub(repository: str, name: str, cached: str) -> None:
+    """Return if the hub has the model; raise UserError if it has not, or does not answer in time. `cached`: why the
+    cache does not do."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     answer: list[Exception | None] = []
 
@@ -110,17 +127,23 @@ def _ask_hub(repository: str, name: str) -> None:
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(PATIENCE)
-    problem = answer[0] if answer else TimeoutError()
+    problem = answer[0] if answer else TimeoutError(f"no answer within {PATIENCE:.0f} seconds")
     if problem is None:
         return
     if isinstance(problem, GatedRepoError):
-        raise UserError(f"'{name}' asks for a login: run `hf auth login` first, or use --model mini")
+        login = f"'{name}' asks for a login: run `hf auth login` first, or use --model mini"
+        raise _NotHad(login, f"{cached}, and the hub asks for a login (`hf auth login`)")
     if isinstance(problem, RepositoryNotFoundError):
-        raise UserError(f"the hub has no model '{name}'{_nearest(name)}; --model mini is bundled")
-    raise UserError(
-        f"'{name}' is no folder and not in the local Hugging Face cache, and the hub cannot be reached"
+        raise _NotHad(
+            f"the hub has no model '{name}'{_nearest(name)}; --model mini is bundled", f"{cached}, nor is it on the hub"
+        )
+    offline = isinstance(problem, OfflineModeIsEnabled)
+    why = "HF_HUB_OFFLINE is set" if offline else _why(problem)
+    raise _NotHad(
+        f"'{name}' is no folder, {cached}, and the hub cannot be reached ({why})"
         f"{_nearest(name)}: use --model mini, or run `hf download {repository}` where there is a network and copy the "
-        "cache folder over (HF_HOME names it)"
+        "cache folder over (HF_HOME names it)",
+        f"{cached}, and the hub cannot be reached ({why})",
     )
 
 

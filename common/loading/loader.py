@@ -29,6 +29,13 @@ from common.loading.families import parts_of
 from common.loading.find import find_folder, has_weights
 from common.loading.model import Model
 
+# What stands for BOS where the tokenizer names none, in this order, and why.
+STAND_INS = {
+    "eos": "as TransformerLens does",
+    "cls": "the token that encoders start a text with; it names no EOS token either",
+    "pad": "the one special token left: whether the model ever read it is not known",
+}
+
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +61,7 @@ def load(
     _check_folder(folder, shown)
     _check_device(device)
     network, tokenizer = _read(folder, shown, getattr(torch, dtype), trust_remote_code)
+    bos, notes = _bos(tokenizer, shown)  # before the bridge, which silently names a BOS token where there is none
     network = network.to(device).eval().requires_grad_(False)
     door = Door(network)  # before the bridge puts modules of its own into the network
     bridge = _wrap(folder, shown, network, tokenizer)
@@ -61,6 +69,7 @@ def load(
         parts = parts_of(bridge, door.network)
     except (AttributeError, KeyError, StopIteration) as error:
         raise UserError(f"'{shown}' names its parts as no family known here does ({first_line(error)})") from error
+    fingerprint, weights = _fingerprint(folder)
     model = Model(
         door=door,
         parts=parts,
@@ -68,9 +77,11 @@ def load(
         tokenizer=tokenizer,
         name=shown,
         source=source,
-        fingerprint=_fingerprint(folder),
+        fingerprint=fingerprint,
         context=bridge.cfg.n_ctx,
-        bos=_bos(tokenizer),
+        bos=bos,
+        weights=weights,
+        notes=tuple(notes),
         labels_file=folder / "labels.json" if (folder / "labels.json").exists() else None,
     )
     return checked(model)
@@ -132,22 +143,38 @@ def _wrap(folder: Path, shown: str, network: PreTrainedModel, tokenizer: PreTrai
         raise UserError(f"TransformerLens cannot wrap '{shown}': {first_line(error)}") from error
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that starts every row: BOS, else EOS as TransformerLens does, else 0."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+def _bos(tokenizer: PreTrainedTokenizerBase, shown: str) -> tuple[int, list[str]]:
+    """The id that starts every row: BOS, else the first of `STAND_INS` that there is, and then a note that says so.
+
+    Raises UserError for a tokenizer that has none of them: an ordinary token in BOS's place would take part in repeats.
+    """
+    if tokenizer.bos_token_id is not None:
+        return int(tokenizer.bos_token_id), []
+    for name, why in STAND_INS.items():
+        token = getattr(tokenizer, f"{name}_token_id", None)
         if token is not None:
-            return int(token)
-    return 0
+            text = getattr(tokenizer, f"{name}_token", "")
+            said = f"the tokenizer of {shown} names no BOS token: every row starts with its {name.upper()} token"
+            return int(token), [f"{said} {text!r} ({token}) in its place, {why}"]
+    raise UserError(
+        f"the tokenizer of '{shown}' has no BOS token and none that could stand for it (EOS, CLS, PAD), but every row "
+        'must start with one: name it in tokenizer_config.json, as in "bos_token": "<|endoftext|>"'
+    )
 
 
-def _fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json, the weights by name, and what tells of which GGUF file they were made."""
-    digest = hashlib.sha256()
+def _fingerprint(folder: Path) -> tuple[str, tuple[str, ...]]:
+    """SHA-256 over config.json, the weights by name, and what tells of which GGUF file they were made; and that of each
+    weights file alone, as the hub lists it."""
+    whole, alone = hashlib.sha256(), []
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors")), *folder.glob(gguf.DIGEST)]:
+        own = hashlib.sha256()
         with path.open("rb") as file:
             while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+                whole.update(block)
+                own.update(block)
+        if path.suffix == ".safetensors":
+            alone.append(own.hexdigest())
+    return whole.hexdigest(), tuple(alone)
 
 
 def _quiet() -> None:

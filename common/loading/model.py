@@ -42,7 +42,9 @@ STREAM_POINTS = {
 class Model:
     """A loaded model. `name` is what results call it, `source` where it came from, `fingerprint` a hash of its weights
     and configuration; `context` is the longest row it takes, BOS included; `bos` the id every row starts with;
-    `labels_file` the labels.json that it ships, if it does. `door` runs it, `parts` are its layers, `bridge` is
+    `labels_file` the labels.json that it ships, if it does; `weights` the SHA-256 of each weights file, by name;
+    `notes` what a reader of its results must know of how it was loaded; `unfused_layers` how many layers do what no
+    fused kernel knows. `door` runs it, `parts` are its layers, `bridge` is
     TransformerLens' own view of the same weights, the witness of the self-check. `refused`: what its family does not
     allow, and why."""
 
@@ -56,6 +58,9 @@ class Model:
     context: int
     bos: int
     labels_file: Path | None = None
+    weights: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    unfused_layers: int = 0
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:

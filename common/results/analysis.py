@@ -4,11 +4,13 @@ every result can do (table, figures, page, files)."""
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jsonschema
 
 from common import UserError
-from common.attention.batches import batch_size as rows_that_fit
+from common.attention import batches
 from common.heads.statistics import Ints
 from common.heads.tokens import ROW_LENGTH
 from common.results import files, page, spec
@@ -51,11 +53,33 @@ class Notes(list[Note]):
         self._hear = hear
 
     def say(self, text: str, warning: bool = False) -> None:
+        if any(note.text == text for note in self):  # each lot of rows would say it again
+            return
         self.append(Note(text, warning))
         self._hear(self[-1])
 
     def warn(self, text: str) -> None:
         self.say(text, warning=True)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While it holds, what rooms below warn of by logging (fewer rows at once, as memory ran out) becomes notes."""
+        # Those rooms return arrays; a note handed through each of them would make up most of their arguments.
+        listener, source = _Listener(self), logging.getLogger(batches.__name__)
+        source.addHandler(listener)
+        try:
+            yield
+        finally:
+            source.removeHandler(listener)
+
+
+class _Listener(logging.Handler):
+    def __init__(self, notes: Notes):
+        super().__init__(logging.WARNING)
+        self._notes = notes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._notes.warn(record.getMessage())
 
 
 def ignore(note: Note) -> None:
@@ -66,8 +90,8 @@ def ignore(note: Note) -> None:
 class Provenance(Screenful):
     """What a reader needs to repeat an analysis.
 
-    `fused_attention`: whether scores were read in blocks behind fused attention, which is now so for every model;
-    `wall_seconds`: of the analysis, without loading and drawing; `arguments`: what the function was called with.
+    `fused_attention`: whether every layer ran a fused kernel, its scores read in blocks beside it; `wall_seconds`: of
+    the analysis, without loading and drawing; `arguments`: those that were used, defaults and `auto` resolved.
     """
 
     schema: int
@@ -87,7 +111,7 @@ class Provenance(Screenful):
             schema=SCHEMA, seed=seed,
             versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             model={"name": model.name, "source": model.source, "fingerprint": model.fingerprint},
-            fused_attention=True, device=str(model.device),
+            fused_attention=not model.unfused_layers, device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),
             wall_seconds=round(time.monotonic() - started, 2), arguments=arguments,
         )  # fmt: skip
@@ -128,6 +152,10 @@ class Analysis(Screenful, ABC):
     def specified(self, names: Sequence[str]) -> Iterator[tuple[str, spec.Figure]]:
         """What these of `figures` show, each with its name, in any order."""
 
+    def warnings(self) -> list[str]:
+        """What the results need to be read with, a sentence each."""
+        return [f"Note: {note.text}" for note in self.notes if note.warning]
+
     def table(self) -> DataFrame:
         """One row per head, indexed by its name ("5.1")."""
         from pandas import DataFrame
@@ -144,7 +172,10 @@ class Analysis(Screenful, ABC):
         """What results.json holds, by the JSON schema beside this module. `written`: the names of the files beside it;
         `argv`: the command of a script."""
         command = {"argv": argv} if argv else {}  # from Python there is no command to repeat
-        return files.jsonable({**asdict(self.provenance), **command, **self.content(written), "files": written})
+        return files.jsonable(
+            {**asdict(self.provenance), **command, "notes": [note._asdict() for note in self.notes],
+             **self.content(written), "files": written}
+        )  # fmt: skip
 
     def write(
         self, folder: str | Path, write_more: Callable[[Path], None], pictures: bool, argv: Sequence[str]
@@ -168,6 +199,8 @@ def encode(model: Model, texts: Sequence[str], notes: Notes) -> list[tuple[int, 
     """
     if not hasattr(model, "door"):
         raise UserError(f'{model!r} is no model: load it first, as in load("mini")')
+    for said in model.notes:
+        notes.warn(said)
     kept = []
     for number, text in enumerate([texts] if isinstance(texts, str) else texts, start=1):
         if not isinstance(text, str):
@@ -191,7 +224,7 @@ def encode(model: Model, texts: Sequence[str], notes: Notes) -> list[tuple[int, 
 def rows_at_once(model: Model, encoded: Sequence[tuple[int, str, Ints]], asked: int | None) -> int:
     """Rows per forward pass: as asked for, else as many as fit for the longest text and the battery's rows."""
     # The battery's rows go through the same model, and are often longer than the texts.
-    return asked or rows_that_fit(model, max([ROW_LENGTH, *(len(tokens) for *_, tokens in encoded)]))
+    return asked or batches.batch_size(model, max([ROW_LENGTH, *(len(tokens) for *_, tokens in encoded)]))
 
 
 def resumable(effects: object, metrics: Mapping[bool, int]) -> bool:

@@ -81,7 +81,7 @@ def text_figures(
         shown = head_figure(maps["scores"][head], maps["pattern"][head], tokens, cells, above)
         figures[f"head_{names[head]}_{number:02d}"] = shown
         if not isinstance(found, str):
-            above = f"What the scores of head {names[head]} are made of: {title}"
+            above = f"{found.title(names[head])}: {title}"
             figures[f"decomposition_{names[head]}_{number:02d}"] = decomposition_figure(found, above, tokens)
     return figures
 
@@ -117,10 +117,11 @@ def decomposition_figure(found: Decomposition, title: str, tokens: Sequence[str]
 
 def _decomposed(found: Decomposition, tokens: Sequence[str]) -> str:
     query, key = found.cells[0]
+    first = f"the first {tokens[query]} looking at {tokens[key]} (tokens {query} and {key})"
     return (
-        f"Mean over {len(found.cells)} {found.kind}, the first {tokens[query]} looking at {tokens[key]} "
-        f"(tokens {query} and {key}).\nThe score advantage, {found.score_advantage:.2f}, is the score less the mean "
-        f"score of the other\ntokens in sight; its parts sum to it (error {found.error:.0e}).\n"
+        f"Mean over {len(found.cells)} {found.kind}, {first}.\n"
+        f"{textwrap.fill(found.advantage(), 104)}:\nthe score less the mean score of these tokens. Its parts sum to it "
+        f"(error {found.error:.0e}).\n"
         "embed: the token, with what MLP 0 makes of it in any context; heads of layer 0: with what MLP 0 makes of\n"
         "them; mlp0: the rest of MLP 0. Framed: the largest."
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from common.attention.head import Head
 from common.heads.detection import LEAST_EFFECT, Detection, by_score
-from common.heads.metrics import agreement
+from common.heads.metrics import agreement, compared_with
 from common.heads.statistics import Floats
 from common.results import spec
 from common.results.spec import BLUE, MARK, Axis, Entry, Figure, Heatmap, Marks, Outline, Panel, Rule, Scale
@@ -116,22 +116,24 @@ def budget_figure(found: Detection, paid: Mapping[str, Floats], title: str) -> F
 
 
 def precision_recall_figure(found: Detection, labels: Labels, title: str) -> Figure:
-    """Precision against recall of every fixed threshold on the score, and of each head's own."""
+    """Precision against recall of every fixed threshold on the score, and of each head's own, as far as the labels can
+    judge it (`compared_with`)."""
     from sklearn.metrics import precision_recall_curve  # importing it writes to the environment
 
-    truth = labels.mask(found.score.shape)
-    precision, recall, _ = precision_recall_curve(truth.ravel(), found.score.ravel())
+    truth, counted = labels.mask(found.score.shape), labels.counted(found.score.shape)
+    precision, recall, _ = precision_recall_curve(truth[counted], found.score[counted])
+    compared, verdicts, _ = compared_with(found, labels)
     elements: list[spec.Element] = [spec.Line(recall.tolist(), precision.tolist(), "0.45", steps=True)]
     legend = [Entry("one fixed threshold for all heads, any value", "line", "0.45")]
     for detected, shape, colour, said in (
         (found.score >= HABIT, "square", "0.2", f"fixed threshold {HABIT}, the habit of the field"),
-        (found.induction, "circle", MARK, "this run's verdicts"),
+        (verdicts, "circle", MARK, f"this run's {compared.split(',')[0]}"),
     ):
-        precise, recalled, f1 = agreement(truth, detected).tolist()
+        precise, recalled, f1 = agreement(truth, detected & counted).tolist()
         elements.append(Marks([recalled], [precise], shape, colour, 9.0))
         legend.append(Entry(f"{said} (F1 {f1:.2f})", shape, colour))
     panel = Panel(Axis("recall", limits=(-0.03, 1.03)), Axis("precision", limits=(-0.03, 1.06)), elements)
-    title += f"\n{textwrap.shorten(labels.source, 90, placeholder=' …')}"
+    title += f"\n{textwrap.fill(labels.called(), 76)}\n{textwrap.shorten(labels.source, 76, placeholder=' …')}"
     return Figure(title, [[panel]], 6.4, 4.8, legend, "lower left")
 
 

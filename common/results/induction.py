@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from common.attention.batches import Progress, silent
 from common.attention.head import Head
 from common.heads import labels as ground_truth
 from common.heads import metrics as agreement
-from common.heads.detection import by_score
+from common.heads.detection import Detection, by_score
 from common.heads.labels import Labels
 from common.heads.metrics import Metrics
 from common.heads.scores import patterns
@@ -118,12 +119,13 @@ class InductionHeads(Analysis):
             more = " …" if len(named) > 6 else ""
             found.append(f"Not certain after {self.survey.rows} rows: {', '.join(named[:6])}{more}")
         found += [text.sentence() for text in self.texts]
-        if self.metrics:
-            found.append(f"Agreement with labels: {self.metrics.sentence()}.\nLabels: {self.metrics.labels}.")
+        if self.metrics and self.labels:
+            found.append(f"{self.metrics.sentence()}\nLabels: {self.labels.about()}.")
         return found
 
     def summary(self) -> Iterable[str]:
         yield f"InductionHeads of {self.model.name}, {len(self.heads)} heads on {self.survey.rows} rows"
+        yield from self.warnings()
         yield from self.sentences()
         yield f".table(), .figure(name), .page(), .save(folder); figures: {', '.join(self.figures)}"
 
@@ -134,7 +136,7 @@ class InductionHeads(Analysis):
     def figures(self) -> list[str]:
         return [
             *("mosaic", "thresholds", "budget"),
-            *(["precision_recall"] if self.labels and self.labels.heads else []),
+            *(["precision_recall"] if self.labels and self.labels.heads and self.labels.complete else []),
             *(f"attention_{text.number:02d}" for text in self.texts),
             "effects",
             *(["ablation"] if self.ablation and self.ablation.effects else []),
@@ -144,7 +146,9 @@ class InductionHeads(Analysis):
         return ((name, _figure_of(self, name)) for name in names)
 
     def page(self) -> str:
-        said = [tables.verdict_sentence(self.heads, self.ablation)]
+        said = [tables.verdict_sentence(self.heads, self.ablation), *self.warnings()]
+        if self.metrics:
+            said.append(self.metrics.sentence())
         shown = dict(self.specified([name for name in self.figures if page.takes(name)]))
         strongest = max(self.heads, key=lambda head: np.nan_to_num(head.prefix_matching)).name
         chosen = str(self.induction_heads[0]) if self.induction_heads else strongest
@@ -176,12 +180,12 @@ def find_induction_heads(
 ) -> InductionHeads:  # fmt: skip
     """Find the induction heads of `model`, and look at what they do on the texts of `sequences`.
 
-    `threshold`: one number in [0, 1] for all heads in place of their own; `labels`: what to evaluate against, a file's
-    name, "published", "causal" (measured now), "none", or None: the model's own, else the published ones; `ablate`:
-    whether to measure the loss without the induction heads, None: where that takes less than a minute; `batch_size`:
-    rows per forward pass, None: as many as help and fit; `earlier`: the content of an earlier results.json, whose
-    ablation is used again where it was made with the same settings; `progress(what, total)`: entered for each long
-    step, told of each finished part; `hear`: told of each note at once.
+    `threshold`: one number in [0, 1] for all heads in place of their own; `labels`: what to evaluate against, the name
+    of a file or of a published set, "published", "causal" (measured now), "none", or None: the model's own, else what
+    was published for its very weights; `ablate`: whether to measure the loss without the induction heads, None: where
+    that takes less than a minute; `batch_size`: rows per forward pass, None: as many as help and fit; `earlier`: the
+    content of an earlier results.json, whose ablation is used again where it was made with the same settings;
+    `progress(what, total)`: entered for each long step, told of each finished part; `hear`: told of each note at once.
 
     Raises UserError for a text longer than the model's context, for texts none of which has two tokens, for wrong
     labels, and where the model's vocabulary is too small for the battery. After Ctrl-C during the ablation, what was
@@ -191,27 +195,37 @@ def find_induction_heads(
     encoded = encode(model, sequences, notes)
     batch_size = rows_at_once(model, encoded, batch_size)
     options = {"seed": seed, "batch_size": batch_size}
-    # Labels come before the long work, so that a wrong file is said at once.
-    causal = causal_labels.measure_causal_effects
-    truth = ground_truth.choose_labels(labels, model, lambda: causal(model, **options, progress=progress).labels())
-    measured = survey(model, **options, threshold=threshold, progress=progress)
-    found = measured.found
-    quality = agreement.evaluate(found.induction, found.score, found.resampled, truth) if truth else None
-    if measured.evidence.no_direct_path:
-        notes.warn(f"no direct effect and no copying: {measured.evidence.no_direct_path}")
-    direct = copying(model, measured)
-    ablated = _ablate(model, measured, ablate, options, earlier or {}, progress, notes)
-    texts = tuple(
-        _text(model, measured, number, text, ids, score_text(model, ids, **options, threshold=threshold))
-        for number, text, ids in encoded
-    )
-    arguments: dict[str, object] = {"threshold": threshold, "labels": labels, "ablate": ablate, **options}
+    with notes.listening():
+        # Labels come before the long work, so that a wrong file is said at once.
+        measure = partial(causal_labels.measure_causal_effects, model, **options, progress=progress)
+        truth = ground_truth.choose_labels(labels, model, lambda: measure().labels(), notes.say)
+        measured = survey(model, **options, threshold=threshold, progress=progress)
+        found = measured.found
+        quality = _agreement(found, truth) if truth else None
+        if measured.evidence.no_direct_path:
+            notes.warn(f"no direct effect and no copying: {measured.evidence.no_direct_path}")
+        direct = copying(model, measured)
+        ablated = _ablate(model, measured, ablate, options, earlier or {}, progress, notes)
+        texts = tuple(
+            _text(model, measured, number, text, ids, score_text(model, ids, **options, threshold=threshold))
+            for number, text, ids in encoded
+        )
+    arguments: dict[str, object] = {"threshold": "dynamic" if threshold is None else threshold, **options}
+    arguments |= {
+        "labels": {"kind": truth.kind, "source": truth.source} if truth else "none",
+        "ablate": ablated is not None,
+    }
     return InductionHeads(
         model=model, provenance=Provenance.of(model, seed, started, arguments), notes=tuple(notes),
         missing=tuple(ablated.missing) if ablated else (), heads=_heads(measured, direct, ablated),
         induction_heads=tuple(Head.at(*place) for place in by_score(found.score) if found.induction[place]),
         texts=texts, survey=measured, labels=truth, metrics=quality, ablation=ablated,
     )  # fmt: skip
+
+
+def _agreement(found: Detection, truth: Labels) -> Metrics:
+    compared, detected, resampled = agreement.compared_with(found, truth)
+    return agreement.evaluate(detected, found.score, resampled, truth, compared)
 
 
 def _ablate(

@@ -174,13 +174,14 @@ class QKAnalysis(Analysis):
                 if isinstance(one, Decomposition):
                     said = (
                         f"Head {Head.at(self.chosen.layer, head)} on {len(one.cells)} {one.kind} of text {text.number}:"
-                        f" score advantage {one.score_advantage:.2f} over the other tokens in sight, made of"
+                        f" {one.advantage()}, made of"
                     )
                     removed = text.removal.get(head)
                     yield said, one, REMOVAL.format(**removed) if removed and "predicted" in removed else None
 
     def summary(self) -> Iterable[str]:
         yield f"QKAnalysis of {self.model.name}, layer {self.chosen.layer}: {self.chosen.reason}"
+        yield from self.warnings()
         for said, split, _ in self.decomposed():
             query, key, value = split.top(1)[0]
             yield f"{said} most of all {query} × {key} ({value:.2f})"
@@ -217,7 +218,7 @@ class QKAnalysis(Analysis):
 
     def page(self) -> str:
         shown = dict(self.specified([name for name in self.figures if page.takes(name)]))
-        title, said = f"Layer {self.chosen.layer} of", self.checks()
+        title, said = f"Layer {self.chosen.layer} of", [*self.checks(), *self.warnings()]
         return page.report(self.as_json(), title, self.leading, said, _layer_on_page(self), shown)
 
     def interaction(self, text: LayerOnText) -> Interaction:
@@ -293,21 +294,26 @@ def analyse_qk(
     maps.check_exists(model, layer if isinstance(layer, int) else None, head if isinstance(head, int) else None)
     batch_size = rows_at_once(model, encoded, batch_size)
     options = {"seed": seed, "batch_size": batch_size}
-    measured = survey(model, **options, threshold=threshold, progress=progress)
-    found, previous_token = measured.found, measured.evidence.controls.mean("previous_token")
-    chosen = choose(found, layer, head)
-    notes.say(f"layer {chosen.layer}: {chosen.reason}")
-    columns = {"prefix_matching": found.score, "induction": found.induction, "previous_token": previous_token}
-    texts: list[LayerOnText] = []
-    for number, text, ids in encoded:
-        room = KEPT - sum(_size(one.kept) for one in texts)
-        texts.append(_look_at(model, chosen, number, text, ids, interventions is not False, room, notes))
-    composition, pair, circuits = _weigh(model, chosen, previous_token, seed, texts, notes)
-    done = None
-    if interventions is not False:
-        done = _intervene(model, chosen, found, interventions, options, earlier or {}, progress, notes)
-    arguments: dict[str, object] = {"layer": layer, "head": head, "threshold": threshold}
-    arguments |= {"interventions": interventions, **options}
+    with notes.listening():
+        measured = survey(model, **options, threshold=threshold, progress=progress)
+        found, previous_token = measured.found, measured.evidence.controls.mean("previous_token")
+        chosen = choose(found, layer, head)
+        notes.say(f"layer {chosen.layer}: {chosen.reason}")
+        columns = {"prefix_matching": found.score, "induction": found.induction, "previous_token": previous_token}
+        texts: list[LayerOnText] = []
+        for number, text, ids in encoded:
+            room = KEPT - sum(_size(one.kept) for one in texts)
+            texts.append(_look_at(model, chosen, number, text, ids, interventions is not False, room, notes))
+        composition, pair, circuits = _weigh(model, chosen, previous_token, seed, texts, notes)
+        done = None
+        if interventions is not False:
+            done = _intervene(model, chosen, found, interventions, options, earlier or {}, progress, notes)
+    arguments: dict[str, object] = {
+        "layer": chosen.layer,
+        "head": "all" if head == "all" else chosen.leading,
+        **options,
+    }
+    arguments |= {"threshold": "dynamic" if threshold is None else threshold, "interventions": done is not None}
     return QKAnalysis(
         model=model, provenance=Provenance.of(model, seed, started, arguments), notes=tuple(notes),
         missing=tuple(done.missing) if done else (), chosen=chosen,
@@ -435,7 +441,7 @@ def _layer_on_page(found: QKAnalysis) -> Iterator[page.TextMaps]:
                 continue
             head = str(Head.at(met.layer, number))
             said = _largest_part(head, split)
-            title = f"What the scores of head {head} are made of"
+            title = split.title(head)
             most = figures_circuits.MOST_ZOOMED
             figures.append(figures_circuits.decomposition_figure(split, title, tokens, most))
         yield page.TextMaps(text.number, text.text, tokens, said, text.cells, places, maps, figures)
@@ -444,7 +450,6 @@ def _layer_on_page(found: QKAnalysis) -> Iterator[page.TextMaps]:
 def _largest_part(head: str, split: Decomposition) -> str:
     query, key, value = split.top(1)[0]
     return (
-        f"Head {head} on its {split.kind} ({len(split.cells)}): the score advantage over the other tokens in sight is "
-        f"{split.score_advantage:.2f} on average; the largest part, {value:.2f}, is {query} as a query meeting {key} "
-        "as a key."
+        f"Head {head} on its {split.kind} ({len(split.cells)}): {split.advantage()}; the largest part, {value:.2f}, is "
+        f"{query} as a query meeting {key} as a key."
     )

@@ -10,6 +10,13 @@ from hypothesis import strategies as st
 from common import UserError
 from common.attention.head import ONLY_STACK, Head, Place
 
+
+def test_a_head_without_its_stack_says_how_it_is_written():
+    for numbers in ((1, 0), (1, 0, 2), ("1", 0)):
+        with pytest.raises(UserError, match=r"write Head\.at\(1, 0\) or Head\.parse"):
+            Head(*numbers)
+
+
 NUMBERS = st.integers(0, 999)
 
 

@@ -140,14 +140,50 @@ def test_without_cells_those_with_most_attention_are_taken(model_of):
     found = decompose(model_of("gpt2"), TOKENS[0], met, 0, [])
     assert found.kind == "cells with most attention"
     pattern = met.pattern[0, 0]
-    best = sorted(((pattern[q, k], q, k) for q in range(2, 13) for k in range(1, q + 1)), reverse=True)[:3]
+    best = sorted((max((pattern[q, k], q, k) for k in range(1, q + 1)) for q in range(2, 13)), reverse=True)[:3]
     assert list(found.cells) == [(q, k) for _, q, k in best]
+
+
+def test_a_score_advantage_by_hand_leaves_bos_out_and_a_lonely_cell_has_none():
+    products = np.array([[5.0, 0, 0, 0], [5.0, 1.0, 0, 0], [5.0, 2.0, 4.0, 0], [7.0, 3.0, 1.0, 2.0]])
+    visible = np.tri(4, dtype=bool)
+    query, key = np.array([3, 3, 2, 1]), np.array([1, 2, 2, 1])
+    # query 3 has two cells, which leave each other out; query 1 sees BOS and itself alone
+    expected = [3 - 2, 1 - 2, 4 - 2, np.nan]
+    assert decomposition.score_advantages(products, visible, query, key) == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_cell_alone_is_counted_and_left_out_of_the_mean(model_of):
+    model = model_of("gpt2")
+    met = interact(model, TOKENS[:1], 1)
+    both, one = (decompose(model, TOKENS[0], met, 2, cells) for cells in ([(12, 2), (1, 1)], [(12, 2)]))
+    assert (both.alone, one.alone) == (1, 0) and both.score_advantage == pytest.approx(one.score_advantage)
+    assert both.terms == pytest.approx(one.terms) and both.error < 1e-5 and both.score != one.score
+    products = met.products[0, 2]
+    assert one.over_bos == pytest.approx(products[12, 2] - products[12, 0])
+    assert both.over_bos == pytest.approx(np.mean([products[12, 2] - products[12, 0], products[1, 1] - products[1, 0]]))
+    assert "BOS left out (over BOS:" in one.advantage() and "1 cell has no other token in sight" in both.advantage()
+    assert both.record(3)["cells_without_advantage"] == 1 and "alone" not in one.advantage()
+    with pytest.raises(UserError, match="no score advantage of head 1.2"):
+        decompose(model, TOKENS[0], met, 2, [(1, 1)])
+
+
+def test_a_window_that_hides_bos_gives_no_advantage_over_it(model_of):
+    met = interact(model_of("gemma2"), TOKENS[:1], 0)
+    found = decompose(model_of("gemma2"), TOKENS[0], met, 1, [(12, 10)])
+    assert found.over_bos is None and "BOS is out of sight" in found.advantage()
+
+
+def test_cells_of_a_text_without_induction_are_called_so(model_of):
+    met = interact(model_of("gpt2"), TOKENS[:1], 1)
+    titles = [decompose(model_of("gpt2"), TOKENS[0], met, 0, cells).title("1.0") for cells in ([], [(12, 2)])]
+    assert "no induction cell here: cells with most attention" in titles[0] and "no induction" not in titles[1]
 
 
 def test_largest_cells_lie_in_sight_and_off_bos():
     pattern = np.zeros((4, 4))
     pattern[:, 0] = 1.0
-    assert decomposition.largest_cells(pattern, 9) == [(2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
+    assert decomposition.largest_cells(pattern, 9) == [(2, 1), (3, 1)]
     pattern[3, 2], pattern[2, 3] = 0.1, 0.9
     assert decomposition.largest_cells(pattern, 1) == [(3, 2)]
 

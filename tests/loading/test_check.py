@@ -16,6 +16,7 @@ from common.attention.head import Head
 from common.heads.attribution import attribute
 from common.heads.tokens import battery
 from common.loading import check, load
+from common.results.analysis import Provenance
 from tests import architectures
 from tests.loading.test_loader import FAMILIES, refusal
 
@@ -172,6 +173,14 @@ def test_a_layer_of_which_the_witness_shows_nothing_is_said(random_gpt2, monkeyp
     monkeypatch.setattr(check, "_bridge_patterns", without_one)
     with pytest.raises(UserError, match="shows no attention pattern in layer 2"):
         check.checked(random_gpt2)
+
+
+def test_layers_without_a_fused_kernel_are_said(gemma, random_gpt2):
+    said = "no fused attention in 2 of 2 layers, which run block by block: each caps its scores"
+    assert gemma.notes == (said,) and gemma.unfused_layers == 2
+    assert random_gpt2.notes == () and random_gpt2.unfused_layers == 0
+    assert Provenance.of(gemma, 0, 0.0, {}).fused_attention is False
+    assert Provenance.of(random_gpt2, 0, 0.0, {}).fused_attention is True
 
 
 @pytest.mark.parametrize(

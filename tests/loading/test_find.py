@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from common import UserError
 from common.loading import find, load
@@ -41,7 +43,8 @@ def test_gpt2_without_network_and_cache_says_what_to_do(cache):
 def test_auto_without_network_and_cache_is_mini_and_says_so(cache):
     model = load("auto")
     assert model.name == "mini"
-    assert "neither in the cache" in model.source
+    reason = "not in the local Hugging Face cache, and the hub cannot be reached (HF_HUB_OFFLINE is set)"
+    assert "--model auto could not have GPT-2 small" in model.source and reason in model.source
 
 
 def test_auto_with_gpt2_in_the_cache_is_gpt2(cache, random_gpt2_folder):
@@ -49,6 +52,47 @@ def test_auto_with_gpt2_in_the_cache_is_gpt2(cache, random_gpt2_folder):
     model = load("auto")
     assert model.name == "gpt2"
     assert "cache" in model.source and "--model auto" in model.source
+
+
+def refuse_with(error: Exception):
+    def refuse(*arguments: object, **options: object) -> None:
+        raise error
+
+    return refuse
+
+
+def broken_cache(cache: Path, folder: Path) -> None:
+    (put_in_cache(cache, folder, "gpt2") / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("answer", "download", "said"),
+    [
+        (OSError("Network is unreachable\nand more"), None, "hub cannot be reached (Network is unreachable)"),
+        (None, OSError(errno.ENOSPC, "x"), "downloading it failed (no space left on the disk of the cache"),
+        (None, RuntimeError("429 \x1b[2J slow down\nagain"), "downloading it failed (429 \\x1b[2J slow down)"),
+        (GatedRepoError.__new__(GatedRepoError, "no"), None, "the hub asks for a login"),
+        (RepositoryNotFoundError.__new__(RepositoryNotFoundError, "no"), None, "nor is it on the hub"),
+    ],
+)
+@pytest.mark.parametrize("cached", ["nothing", "broken"])
+def test_auto_says_why_it_fell_back(cache, random_gpt2_folder, monkeypatch, answer, download, said, cached):
+    import huggingface_hub
+
+    local, ask = huggingface_hub.snapshot_download, refuse_with(answer) if answer else lambda *_, **options: object()
+    if cached == "broken":
+        broken_cache(cache, random_gpt2_folder)
+
+    def snapshot(*arguments: object, local_files_only: bool = False, **options: object) -> str:
+        if local_files_only:
+            return local(*arguments, local_files_only=True, **options)
+        raise download
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", ask)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    folder, name, source = found("auto")
+    assert (folder, name) == (find.MINI, "mini") and said in source and source.isprintable()
+    assert ("no safetensors weights" in source) == (cached == "broken") != ("not in the local" in source)
 
 
 def test_an_old_alias_finds_the_same_cache(cache, random_gpt2_folder):
@@ -111,7 +155,7 @@ def test_a_name_that_no_repository_can_have_is_said(cache):
 @pytest.fixture
 def no_hub(monkeypatch) -> list[str]:
     asked: list[str] = []
-    monkeypatch.setattr(find, "_ask_hub", lambda repository, name: asked.append(name))
+    monkeypatch.setattr(find, "_ask_hub", lambda repository, name, cached: asked.append(name))
     return asked
 
 
@@ -122,7 +166,7 @@ def test_a_hub_that_does_not_answer_is_given_up_after_the_patience(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: time.sleep(30))
     started = time.monotonic()
     with pytest.raises(UserError, match="cannot be reached"):
-        find._ask_hub("gpt2", "gpt2")
+        find._ask_hub("gpt2", "gpt2", "not cached")
     assert time.monotonic() - started < 5
 
 
@@ -139,9 +183,9 @@ def test_what_the_hub_answers_is_told_apart(monkeypatch, kind, said):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     with pytest.raises(UserError, match=said):
-        find._ask_hub("some/model", "some/model")
+        find._ask_hub("some/model", "some/model", "not cached")
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: object())
-    assert find._ask_hub("some/model", "some/model") is None
+    assert find._ask_hub("some/model", "some/model", "not cached") is None
 
 
 def test_the_home_folder_is_not_guessed(cache, monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from common import UserError
 from common.loading import Model, load
 from common.loading.loader import _bos
+from common.results import find_induction_heads
 from tests import architectures
 
 # TransformerLens 4.3 splits the joint projection of the one wrongly, and has no sinks in what it shows of the other.
@@ -85,9 +86,40 @@ def test_the_fingerprint_is_that_of_weights_and_configuration(copied, random_gpt
     assert len({random_gpt2.fingerprint, noted, load(str(copied)).fingerprint}) == 3
 
 
-@pytest.mark.parametrize(("bos", "eos", "first"), [(3, 7, 3), (0, 7, 0), (None, 7, 7), (None, None, 0)])
-def test_a_row_starts_with_bos_or_else_with_eos(bos, eos, first):
-    assert _bos(SimpleNamespace(bos_token_id=bos, eos_token_id=eos)) == first
+@pytest.mark.parametrize(
+    ("ids", "first", "named"),
+    [
+        ({"bos": 3, "eos": 7}, 3, None),
+        ({"bos": 0, "eos": 7}, 0, None),
+        ({"bos": None, "eos": 7}, 7, "EOS token '<eos>' (7)"),
+        ({"bos": None, "eos": None, "cls": 2, "pad": 0}, 2, "CLS token '<cls>' (2)"),
+        ({"bos": None, "pad": 0}, 0, "PAD token '<pad>' (0)"),
+    ],
+)
+def test_a_row_starts_with_bos_and_what_stands_for_it_is_said(ids, first, named):
+    names = {f"{name}_token_id": token for name, token in ids.items()} | {f"{name}_token": f"<{name}>" for name in ids}
+    token, notes = _bos(SimpleNamespace(**names), "some model")
+    assert token == first and len(notes) == (named is not None)
+    assert not named or ("some model names no BOS token" in notes[0] and named in notes[0])
+
+
+def test_without_any_special_token_there_is_no_bos_and_the_remedy_is_said():
+    with pytest.raises(UserError, match=r"no BOS token.*tokenizer_config\.json"):
+        _bos(SimpleNamespace(bos_token_id=None, eos_token_id=None), "some model")
+
+
+def test_what_stands_for_bos_is_noted_in_results(copied):
+    settings = json.loads((copied / "tokenizer_config.json").read_text())
+    special = settings.pop("bos_token")
+    settings["eos_token"] = special
+    (copied / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    model = load(str(copied))
+    found = find_induction_heads(model, batch_size=8, labels="none")
+    (note,) = found.as_json()["notes"]
+    assert "names no BOS token" in note["text"] and note["warning"] and "names no BOS token" in repr(found)
+    assert special in note["text"] and model.bos == model.tokenizer.eos_token_id
 
 
 def test_bfloat16_is_what_the_model_computes_in(random_gpt2_folder):

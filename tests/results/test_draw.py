@@ -32,7 +32,17 @@ def detection() -> Detection:
     score = np.array([[0.1, 0.9, 0.2], [0.05, 0.3, 0.02]])
     verdict = np.array([["none", "induction", "suppression"], ["none", "attends-only", "previous-token"]])
     control, threshold, sure = np.full((2, 3), 0.05), np.full((2, 3), 0.11), np.ones((2, 3))
-    return Detection(score, control, threshold, score, score, sure, verdict, (verdict == "induction")[None])
+    return Detection(
+        score,
+        control,
+        threshold,
+        score,
+        score,
+        sure,
+        verdict,
+        (verdict == "induction")[None],
+        (score >= threshold)[None],
+    )
 
 
 def every_figure() -> dict[str, spec.Figure]:

@@ -119,7 +119,7 @@ def test_a_text_gives_its_grids_and_a_refused_head_no_decomposition():
 
 def decomposition(terms: np.ndarray) -> Decomposition:
     sources = tuple(f"s{number}" for number in range(len(terms)))
-    return Decomposition(sources, ((4, 2),), "induction cells", terms, terms, 1.0, float(terms.sum()), 1e-7)
+    return Decomposition(sources, ((4, 2),), "induction cells", terms, terms, 1.0, float(terms.sum()), 0.5, 0, 1e-7)
 
 
 def test_the_largest_part_is_framed_and_rows_are_queries():

@@ -24,7 +24,9 @@ def found():
     control, threshold = np.full((2, 3), 0.05), np.full((2, 3), 0.11)
     sure = np.ones((2, 3))
     resampled = (verdict == "induction")[None]
-    return Detection(score, control, threshold, score - 0.01, score + 0.01, sure, verdict, resampled)
+    return Detection(
+        score, control, threshold, score - 0.01, score + 0.01, sure, verdict, resampled, (score >= threshold)[None]
+    )
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_mosaic_outlines_and_names_heads_that_attend_to_targets_each_in_its_way(
 def test_the_mosaic_explains_the_frames_that_are_there_and_no_other(found):
     said = legend_texts(draw(figures_heads.mosaic_figure(found, "title")))
     assert [text.split(":")[0] for text in said] == ["induction head", "suppression head"]
-    nothing = Detection(*[*list(vars(found).values())[:6], np.full((2, 3), "none"), found.resampled])
+    nothing = Detection(*[*list(vars(found).values())[:6], np.full((2, 3), "none"), found.resampled, found.resampled])
     assert legend_texts(draw(figures_heads.mosaic_figure(nothing, "title"))) == []
 
 
@@ -97,7 +99,7 @@ def test_the_chosen_point_is_marked_on_precision_and_recall(found):
     labels = Labels(frozenset({Head.at(0, 1), Head.at(1, 0)}), "by hand")
     figure = figures_heads.precision_recall_figure(found, labels, "title")
     drawn = draw(figure)
-    place = [text.startswith("this run's verdicts") for text in legend_texts(drawn)].index(True)
+    place = [text.startswith("this run's induction heads") for text in legend_texts(drawn)].index(True)
     assert figure.legend[place].shape == "circle"
     assert points(drawn.axes[0], "o") == [(0.5, 0.5)]
     assert "by hand" in drawn.axes[0].get_title()
@@ -120,7 +122,7 @@ def test_thresholds_are_drawn_where_they_are_highest_head_on_top(found):
 
 
 def test_of_many_heads_the_highest_are_listed_and_the_axis_says_so(found):
-    many = Detection(*(np.tile(of, (10, 1)) for of in list(vars(found).values())[:7]), found.resampled)
+    many = Detection(*(np.tile(of, (10, 1)) for of in list(vars(found).values())[:7]), found.resampled, found.resampled)
     panel = figures_heads.threshold_figure(many, "title").panels[0][0]
     assert len(panel.y.ticks) == figures_heads.MOST_HEADS
     assert panel.y.label == "head (the 40 highest of 60)"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import numpy as np
 import pytest
 
 from common import UserError
 from common.attention.head import Head
+from common.heads import scores
 from common.results import InductionHeads, find_induction_heads
 from common.results.analysis import Note, resumable
 from common.results.tables import HeadRow
@@ -39,6 +41,38 @@ def test_the_heads_of_mini_are_found_and_named(found):
 
 def test_notes_are_told_at_once_and_kept(found, heard):
     assert list(found.notes) == heard == [Note("text 3 ('a') has 1 tokens, at least 2 are needed: left out", True)]
+
+
+def test_the_arguments_are_those_that_were_used(found, mini):
+    asked = found.as_json()["arguments"]
+    assert asked.pop("labels") == {"kind": "causal", "source": found.labels.source}
+    assert asked == {"threshold": "dynamic", "ablate": False, "seed": 0, "batch_size": 8}
+    assert found.as_json()["metrics"]["kind"] == "causal" and "causal labels" in repr(found)
+
+
+def test_rows_at_once_are_recorded_where_nobody_chose_them_and_so_is_the_seed(random_gpt2):
+    used = find_induction_heads(random_gpt2, seed=3, threshold=0.4, labels="none").as_json()["arguments"]
+    size = used.pop("batch_size")
+    assert isinstance(size, int) and size >= 1
+    assert used == {"threshold": 0.4, "labels": "none", "ablate": False, "seed": 3}
+
+
+def test_fewer_rows_at_once_are_noted_once(random_gpt2, monkeypatch):
+    whole, failed = scores._score_at_once, []
+
+    def short_of_memory(model, batch):
+        if len(batch.tokens) > 4:
+            failed.append(len(batch.tokens))
+            raise MemoryError
+        return whole(model, batch)
+
+    monkeypatch.setattr(scores, "_score_at_once", short_of_memory)
+    heard: list[Note] = []
+    found = find_induction_heads(random_gpt2, batch_size=8, labels="none", hear=heard.append)
+    said = Note("out of memory with 8 rows at once: going on with 4", True)
+    assert len(failed) > 1 and list(found.notes) == heard == [said]
+    assert {"text": said.text, "warning": True} in found.as_json()["notes"] and said.text in repr(found)
+    assert not logging.getLogger("common.attention.batches").handlers
 
 
 def test_the_table_has_a_row_per_head_with_its_name(found):

@@ -142,7 +142,7 @@ def big_found(layers: int, heads: int) -> Detection:
     zeros = np.zeros((layers, heads))
     verdict = np.full((layers, heads), "none", dtype="<U20")
     verdict[1, 0] = "induction"
-    return Detection(zeros, zeros, zeros, zeros, zeros, zeros, verdict, (verdict == "induction")[None])
+    return Detection(zeros, zeros, zeros, zeros, zeros, zeros, verdict, *[(verdict == "induction")[None]] * 2)
 
 
 def mosaic(found: Detection):

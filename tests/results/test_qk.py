@@ -31,6 +31,13 @@ def test_layer_and_head_are_those_of_the_strongest_induction_head(found):
     assert found.experiments is None and found.effects == [] and found.missing == ()
 
 
+def test_the_arguments_are_those_that_were_used(found):
+    assert found.as_json()["arguments"] == {
+        "layer": 1, "head": 0, "threshold": "dynamic", "interventions": False, "seed": 0, "batch_size": 8,
+    }  # fmt: skip
+    assert found.as_json()["notes"][0]["text"].startswith("layer 1: ")
+
+
 def test_the_table_has_a_row_per_head_of_the_layer(found):
     table = found.table()
     assert list(table.index) == [f"1.{head}" for head in range(6)]
