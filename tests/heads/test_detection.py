@@ -206,6 +206,29 @@ def unsure(score: float):
     return detect(repeats, controls, np.ones((8, 1, 1)))
 
 
+def test_confidence_is_the_share_of_a_thousand_resamples_that_agree():
+    """Eight heads on the edge of their threshold, with an effect: each is induction in some row draws, none in others."""
+    draws = np.random.default_rng(0).normal(size=(ROWS, 1, 8))
+    ones, nothing = np.ones(ROWS, dtype=np.int64), RowSums(np.zeros((ROWS, 1, 8)), np.ones(ROWS, dtype=np.int64))
+    others = dict.fromkeys(("duplicate_token", "budget_previous", "budget_bos"), nothing)
+    repeats = {"prefix_matching": RowSums(0.4 + 0.1 * draws, ones), **others}
+    found = detect(repeats, {**others, "prefix_matching": nothing}, np.ones((8, 1, 8)), threshold=0.4)
+    assert found.resampled.shape == (1000, 1, 8)
+    share = found.resampled.mean(0)
+    assert set(found.verdict.ravel()) == {"induction", "none"}
+    assert (share > 0).any() and (share < 1).any()
+    assert found.confidence == pytest.approx(np.where(found.verdict == "induction", share, 1 - share))
+
+
+def test_a_resample_in_which_a_head_is_undecided_does_not_count_as_induction():
+    wild = RowSums(np.tile([40.0, -40.0], ROWS // 2)[:, None, None], np.ones(ROWS, dtype=np.int64))
+    others = dict.fromkeys(("duplicate_token", "budget_previous", "budget_bos"), exactly(0.0))
+    repeats, controls = {"prefix_matching": exactly(0.5), **others}, {"prefix_matching": wild, **others}
+    found = detect(repeats, controls, np.ones((8, 1, 1)))
+    assert found.verdict.item() == "undecided"
+    assert found.confidence.item() > 0.9 > 0.1 > found.resampled.mean()
+
+
 def test_confidence_falls_where_a_head_sits_on_its_threshold():
     assert unsure(0.4).confidence.item() == 1.0
     assert 0.3 < unsure(0.053).confidence.item() < 0.8
