@@ -207,7 +207,7 @@ def unsure(score: float):
 
 
 def test_confidence_is_the_share_of_a_thousand_resamples_that_agree():
-    """Eight heads on the edge of their threshold, with an effect: each is induction in some row draws, none in others."""
+    """Eight heads on the edge of their threshold, with an effect: each is induction in some draws, none in others."""
     draws = np.random.default_rng(0).normal(size=(ROWS, 1, 8))
     ones, nothing = np.ones(ROWS, dtype=np.int64), RowSums(np.zeros((ROWS, 1, 8)), np.ones(ROWS, dtype=np.int64))
     others = dict.fromkeys(("duplicate_token", "budget_previous", "budget_bos"), nothing)
@@ -221,9 +221,9 @@ def test_confidence_is_the_share_of_a_thousand_resamples_that_agree():
 
 
 def test_a_resample_in_which_a_head_is_undecided_does_not_count_as_induction():
-    wild = RowSums(np.tile([40.0, -40.0], ROWS // 2)[:, None, None], np.ones(ROWS, dtype=np.int64))
+    wild = RowSums(np.tile([100.0, -100.0], ROWS // 2)[:, None, None], np.ones(ROWS, dtype=np.int64))
     others = dict.fromkeys(("duplicate_token", "budget_previous", "budget_bos"), exactly(0.0))
-    repeats, controls = {"prefix_matching": exactly(0.5), **others}, {"prefix_matching": wild, **others}
+    repeats, controls = {"prefix_matching": exactly(60.0), **others}, {"prefix_matching": wild, **others}
     found = detect(repeats, controls, np.ones((8, 1, 1)))
     assert found.verdict.item() == "undecided"
     assert found.confidence.item() > 0.9 > 0.1 > found.resampled.mean()
