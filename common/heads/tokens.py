@@ -75,7 +75,7 @@ class TokenBatch:
         """Pad `rows` (each with BOS first) with `pad` and find the cells of every head type."""
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         # On the right: attention is causal, so no token ever sees the padding.
-        tokens = np.full((len(rows), int(lengths.max(initial=0))), pad, dtype=np.int64)
+        tokens = np.full((len(rows), int(lengths.max())), pad, dtype=np.int64)
         tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.concatenate(rows)
         cells = head_type_cells(tokens, lengths)
         return cls(tokens, lengths, cells | _budget_cells(cells, tokens.shape))
@@ -131,7 +131,8 @@ def _earlier_copies(tokens: Ints, lengths: Ints) -> tuple[Ints, Ints, Ints]:
     order = np.lexsort((position, token, row))
     row, position, token = row[order], position[order], token[order]
     index = np.arange(len(order))
-    starts = (np.diff(row, prepend=-1) != 0) | (np.diff(token, prepend=-1) != 0)
+    starts = np.ones(len(order), dtype=bool)
+    starts[1:] = (np.diff(row) != 0) | (np.diff(token) != 0)
     first = np.maximum.accumulate(np.where(starts, index, 0))
     n_earlier = index - first
     # Each copy is paired with all n_earlier members of its run before it: first, first + 1, and so on.

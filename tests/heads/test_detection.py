@@ -129,6 +129,58 @@ def test_each_verdict_has_its_evidence(evidence, expected):
     assert expected in VERDICTS
 
 
+def exactly(mean: float, *, of: int = 1) -> RowSums:
+    """Every row has this mean, to the last bit: `mean` over `of` values."""
+    return RowSums(np.full((ROWS, 1, 1), mean), np.full(ROWS, of))
+
+
+def on_the_edge(repeats: RowSums, controls: RowSums, effect: float, threshold: float | None = None) -> str:
+    others = {"duplicate_token": exactly(0.0), "budget_previous": exactly(0.0), "budget_bos": exactly(0.0)}
+    kinds = {"prefix_matching": repeats} | others
+    found = detect(kinds, {**kinds, "prefix_matching": controls}, np.full((8, 1, 1), effect), threshold=threshold)
+    return str(found.verdict.item())
+
+
+def test_what_lies_on_an_edge_passes():
+    a_hundredth, nothing = exactly(1.0, of=100), exactly(0.0)
+    assert on_the_edge(a_hundredth, nothing, 1.0) == "induction"
+    assert on_the_edge(exactly(1.0, of=20), nothing, 0.0) == "attends-only"
+    assert on_the_edge(exactly(0.5), nothing, 0.05) == "induction"
+    assert on_the_edge(exactly(0.5), nothing, -0.05) == "suppression"
+    controls = sums(0.25, 0.3)
+    limit = attend(nothing, controls).threshold.item()
+    assert 0.3 < limit < 0.5
+    assert on_the_edge(exactly(limit), controls, 1.0) == "induction"
+    assert on_the_edge(exactly(limit), controls, 0.0) == "attends-only"
+    assert on_the_edge(exactly(limit - 1e-3), controls, 0.0) == "none", "more than 0.05 above its null, and by chance"
+    assert on_the_edge(exactly(1.0), exactly(99.0, of=100), 1.0) == "undecided", "a threshold of exactly 1"
+    wild = RowSums(np.tile([4.0, -4.0], ROWS // 2)[:, None, None], np.ones(ROWS, dtype=np.int64))
+    assert on_the_edge(a_hundredth, wild, 1.0) == "undecided", "its threshold is above 1, its lift just enough"
+    assert on_the_edge(exactly(0.9, of=100), wild, 1.0) == "none"
+    assert on_the_edge(exactly(0.5), exactly(0.5), 1.0, threshold=0.5) == "induction"
+    assert on_the_edge(exactly(0.5), exactly(0.5), 0.0, threshold=0.5) == "attends-only"
+    assert on_the_edge(exactly(0.75), exactly(0.5), 1.0, threshold=0.5) == "induction"
+
+
+def test_half_of_the_attention_is_not_most_of_it():
+    nothing = {"prefix_matching": exactly(0.0), "duplicate_token": exactly(0.0)}
+    for part, other in (("budget_previous", "budget_bos"), ("budget_bos", "budget_previous")):
+        repeats = {**nothing, part: exactly(0.5), other: exactly(0.5)}
+        assert detect(repeats, nothing, np.zeros((8, 1, 1))).verdict.item() == "none"
+
+
+def test_rows_of_effects_are_drawn_again_apart_from_those_of_scores():
+    """A head on the edge of its threshold and of its effect, both by the same rows: a quarter passes both, not half."""
+    moves = np.random.default_rng(0).normal(size=(ROWS, 1, 1))
+    moves -= moves.mean()
+    nothing = {"duplicate_token": exactly(0.0), "budget_previous": exactly(0.0), "budget_bos": exactly(0.0)}
+    repeats = {"prefix_matching": RowSums(0.5 + 0.1 * moves, np.ones(ROWS, dtype=np.int64)), **nothing}
+    controls = {"prefix_matching": exactly(0.0), **nothing}
+    found = detect(repeats, controls, 0.05 + 1e-9 + moves, threshold=0.5 - 1e-9)
+    assert found.verdict.item() == "induction"
+    assert 0.2 < found.resampled.mean() < 0.3
+
+
 def test_a_fixed_threshold_of_1_decides():
     """The user's own number is no error of the method."""
     assert verdict(score=0.5, effect=1.0, threshold=1.0) == "none"
@@ -152,6 +204,29 @@ def unsure(score: float):
     repeats = {kind: sums(score, 0.1, seed=3) for kind in kinds}
     controls = {kind: sums(0.01) for kind in kinds[:2]}
     return detect(repeats, controls, np.ones((8, 1, 1)))
+
+
+def test_confidence_is_the_share_of_a_thousand_resamples_that_agree():
+    """Eight heads on the edge of their threshold, with an effect: each is induction in some draws, none in others."""
+    draws = np.random.default_rng(0).normal(size=(ROWS, 1, 8))
+    ones, nothing = np.ones(ROWS, dtype=np.int64), RowSums(np.zeros((ROWS, 1, 8)), np.ones(ROWS, dtype=np.int64))
+    others = dict.fromkeys(("duplicate_token", "budget_previous", "budget_bos"), nothing)
+    repeats = {"prefix_matching": RowSums(0.4 + 0.1 * draws, ones), **others}
+    found = detect(repeats, {**others, "prefix_matching": nothing}, np.ones((8, 1, 8)), threshold=0.4)
+    assert found.resampled.shape == (1000, 1, 8)
+    share = found.resampled.mean(0)
+    assert set(found.verdict.ravel()) == {"induction", "none"}
+    assert (share > 0).any() and (share < 1).any()
+    assert found.confidence == pytest.approx(np.where(found.verdict == "induction", share, 1 - share))
+
+
+def test_a_resample_in_which_a_head_is_undecided_does_not_count_as_induction():
+    wild = RowSums(np.tile([100.0, -100.0], ROWS // 2)[:, None, None], np.ones(ROWS, dtype=np.int64))
+    others = dict.fromkeys(("duplicate_token", "budget_previous", "budget_bos"), exactly(0.0))
+    repeats, controls = {"prefix_matching": exactly(60.0), **others}, {"prefix_matching": wild, **others}
+    found = detect(repeats, controls, np.ones((8, 1, 1)))
+    assert found.verdict.item() == "undecided"
+    assert found.confidence.item() > 0.9 > 0.1 > found.resampled.mean()
 
 
 def test_confidence_falls_where_a_head_sits_on_its_threshold():

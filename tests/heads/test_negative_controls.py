@@ -33,8 +33,8 @@ def test_random_models_have_none(tmp_path, tokenizer, layers, heads):
 
 
 def test_the_detected_set_does_not_depend_on_the_seed(mini):
-    found = [found_in(mini, seed) for seed in range(10)]
-    assert len(found[0]) >= 2
+    found = [found_in(mini, seed) for seed in range(4)]
+    assert {str(head) for head in found[0]} == {"1.0", "1.1"}
     assert all(other == found[0] for other in found)
 
 

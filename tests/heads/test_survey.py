@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,15 +12,16 @@ import pytest
 from common.heads import scores
 from common.heads.detection import detect
 from common.heads.statistics import RowSums
-from common.heads.survey import LOT, MOST_ROWS, gather_evidence, survey
+from common.heads.survey import Survey, gather_evidence, survey
 from common.heads.tokens import Battery, TokenBatch, battery
 from tests.handbuilt import COPY, ON_TARGETS, Role
 
 SAME_VERDICT = (*ON_TARGETS, "previous-token", "duplicate-token", "bos-sink", "uniform", "before-duplicate")
 
 
-@pytest.mark.parametrize("length", [32, 64, 128, 256])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("seed", "length"), [*((seed, length) for seed in range(3) for length in (32, 64, 128)), (1, 256)]
+)
 def test_every_head_is_what_it_was_built_to_be(hand_built, seed, length):
     built, model = hand_built(seed)
     found = survey(model, seed=900 + seed, batch_size=8, length=length).found
@@ -51,13 +54,39 @@ def test_rows_without_repeats_have_no_induction(hand_built, mini):
         assert not without.decide(None).attends.any()
 
 
-def test_a_settled_survey_stops_and_an_unsettled_one_draws_more(mini, monkeypatch):
-    assert survey(mini, seed=0, batch_size=8).rows in range(LOT, MOST_ROWS + 1, LOT)
-    monkeypatch.setattr("common.heads.survey.SURE", 0.0)
-    monkeypatch.setattr("common.heads.survey.Survey.settled", property(lambda state: True))
-    assert survey(mini, seed=0, batch_size=8).rows == LOT
-    monkeypatch.setattr("common.heads.survey.Survey.settled", property(lambda state: False))
-    assert survey(mini, seed=0, batch_size=8).rows == MOST_ROWS
+def test_a_survey_is_settled_where_the_least_sure_verdict_is_sure_enough():
+    def settled(*confidence: float) -> bool:
+        return Survey(SimpleNamespace(confidence=np.array([confidence])), None, rows=32, length=64).settled
+
+    assert settled(1.0, 0.95)
+    assert not settled(1.0, 0.949)
+
+
+@pytest.mark.parametrize(("settled", "rows"), [(True, 32), (False, 64)])
+def test_a_settled_survey_stops_and_an_unsettled_one_draws_more(random_gpt2, monkeypatch, settled, rows):
+    """Of each lot of 32 rows, effects are measured on 8."""
+    monkeypatch.setattr(Survey, "settled", property(lambda state: settled))
+    told = []
+
+    @contextmanager
+    def progress(what, total):
+        told.append((what, total))
+        yield told.append
+
+    found = survey(random_gpt2, seed=0, batch_size=32, length=12, progress=progress)
+    assert (found.rows, found.length) == (rows, 12)
+    assert len(found.evidence.repeats.sums["prefix_matching"].counts) == rows
+    assert len(found.evidence.total) == len(found.evidence.direct) == rows // 4
+    assert [one for one in told if isinstance(one, tuple)] == [
+        ("scoring heads, rows 1 to 32", 72), ("scoring heads, rows 33 to 64", 72),
+    ][: rows // 32]  # fmt: skip
+    assert sum(one for one in told if isinstance(one, int)) == 72 * rows // 32
+
+
+def test_rows_have_128_tokens_or_as_many_as_the_model_reads(mini, random_gpt2, monkeypatch):
+    monkeypatch.setattr(Survey, "settled", property(lambda state: True))
+    assert survey(mini, seed=0, batch_size=32).length == 128
+    assert survey(random_gpt2, seed=0, batch_size=32).length == 64
 
 
 def test_lots_of_rows_are_the_rows_of_one_battery(mini):

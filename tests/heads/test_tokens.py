@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common import UserError
 from common.heads.tokens import TokenBatch, battery, continuing, head_type_cells
 
 BOS = 0
@@ -65,6 +68,15 @@ def test_the_budget_gives_every_cell_to_one_part(rows):
             taken |= expected
 
 
+@given(short_rows)
+def test_continuing_tokens_follow_their_predecessor_as_they_followed_a_copy_of_it(rows):
+    for mask, row in zip(continuing(batch_of(*rows)), rows, strict=True):
+        ids = [BOS, *row]
+        copies = {(ids[at], ids[at + 1]): at for at in reversed(range(1, len(ids) - 1))}  # where a pair comes first
+        expected = [at for at in range(2, len(ids)) if copies.get((ids[at - 1], ids[at]), at) < at - 2]
+        assert np.flatnonzero(mask).tolist() == expected
+
+
 def test_continuing_tokens_are_those_that_something_predicts():
     batch = batch_of([7, 8, 9, 7, 8, 5])
     assert np.flatnonzero(continuing(batch)[0]).tolist() == [5], "8 after 7; not 7 itself, not 5 after 8"
@@ -110,6 +122,34 @@ def test_battery_repeats_one_segment_and_its_control_does_not(seed, length):
         assert len(changed) - 1 <= len(cells_of(drawn.repeats, "prefix_matching", row)) <= len(changed)
 
 
+def layout(repeat: np.ndarray, control: np.ndarray) -> tuple[int, int, int]:
+    """(start, gap, size) of the segment that comes twice, found by looking at the ids; places counted without BOS."""
+    changed = np.flatnonzero(repeat != control) - 1
+    start = int(np.flatnonzero(control[1:] == repeat[1 + changed[0]])[0])
+    return start, int(changed[0]) - start - len(changed), len(changed)
+
+
+@pytest.mark.parametrize(("length", "sizes"), [(8, {2}), (21, set(range(3, 9))), (22, set(range(3, 9)))])
+def test_segments_gaps_and_places_take_every_value_that_they_may(length, sizes):
+    """A segment is a sixth to two fifths of the tokens after BOS, at least 2; what is left over is filler or gap."""
+    drawn = battery(np.arange(1, 60), BOS, rows=1500, length=length, seed=1)
+    found = {layout(*pair) for pair in zip(drawn.repeats.tokens, drawn.controls.tokens, strict=True)}
+    assert {size for _, _, size in found} == sizes
+    for size in sizes:
+        starts, gaps = np.array([(start, gap) for start, gap, some in found if some == size]).T
+        room = length - 1 - 2 * size
+        assert (starts.min(), gaps.min()) == (0, 0)
+        assert gaps.max() == (starts + gaps).max() == room
+
+
+def test_a_battery_has_the_rows_it_is_asked_for_from_the_row_it_is_asked_for_on():
+    whole = battery(np.arange(1, 200), BOS, rows=5, length=40, seed=5)
+    late = battery(np.arange(1, 200), BOS, rows=2, length=40, seed=5, first=3)
+    assert whole.repeats.tokens.shape == whole.controls.tokens.shape == (5, 40)
+    assert np.array_equal(late.repeats.tokens, whole.repeats.tokens[3:])
+    assert np.array_equal(late.controls.tokens, whole.controls.tokens[3:])
+
+
 def test_battery_rows_depend_on_seed_and_row_alone():
     few = battery(np.arange(1, 200), BOS, rows=2, length=40, seed=5)
     many = battery(np.arange(1, 200), BOS, rows=6, length=40, seed=5)
@@ -125,8 +165,32 @@ def test_battery_varies_distance_so_that_no_fixed_offset_solves_it():
 
 
 @pytest.mark.parametrize(
-    ("ordinary", "length", "reason"), [(1, 20, "1 ordinary"), (6, 20, "6 ordinary"), (50, 7, "too short")]
+    ("ordinary", "length", "reason"),
+    [
+        (1, 20, "has 1 ordinary tokens.*needs at least 7"),
+        (6, 20, "has 6 ordinary tokens.*needs at least 7"),
+        (50, 7, "a row of 7 tokens is too short.*at least 8"),
+    ],
 )
 def test_impossible_batteries_say_why(ordinary, length, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(UserError, match=reason):
         battery(np.arange(1, ordinary + 1), BOS, rows=1, length=length, seed=0)
+    assert battery(np.arange(1, 8), BOS, rows=1, length=8, seed=0).repeats.tokens.shape == (1, 8), "the least there is"
+    assert battery(np.arange(1, 9), BOS, rows=1, length=20, seed=0).repeats.tokens.shape == (1, 9), "all 8 words"
+
+
+def test_rows_of_a_batch_are_its_rows_with_their_cells():
+    batch = batch_of([7, 8, 7, 8], [1, 2, 1], [5, 6, 5, 6, 5])
+    part = batch.rows(1, 3)
+    assert part.tokens.tolist() == [[0, 1, 2, 1, 0, 0], [0, 5, 6, 5, 6, 5]] and part.lengths.tolist() == [4, 6]
+    for head_type in batch.cells:
+        for row in (0, 1):
+            assert cells_of(part, head_type, row) == cells_of(batch, head_type, row + 1)
+        assert set(part.cells[head_type].row.tolist()) <= {0, 1}
+
+
+def test_what_is_drawn_cannot_be_changed_by_hand():
+    drawn = battery(np.arange(1, 9), BOS, rows=1, length=8, seed=0)
+    for one, name in ((drawn, "repeats"), (drawn.repeats, "tokens"), (drawn.repeats.cells["first_token"], "row")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(one, name, None)

@@ -16,7 +16,7 @@ from common.attention.head import Head
 from common.heads.statistics import mean_per_row
 from common.heads.tokens import Cells, TokenBatch, continuing
 from common.interventions import causal_labels, effects
-from common.interventions.causal_labels import LEAST, CausalEffects, exact_direct_effect, measure_causal_effects
+from common.interventions.causal_labels import CausalEffects, exact_direct_effect, measure_causal_effects
 from common.interventions.edits import knockout
 from common.interventions.runner import Predictions
 from common.loading import load
@@ -148,24 +148,26 @@ def test_what_cannot_be_read_directly_is_refused(loaded, tmp_path, tokenizer, dr
 
 
 def test_the_rule_needs_size_and_certainty():
-    sure = np.full((16, 1, 1), 1.2 * LEAST)
-    small = np.full((16, 1, 1), 0.8 * LEAST)
-    unsure = np.where(np.arange(16) % 8, -0.1, 2.0)[:, None, None] + LEAST
+    """An effect of 0.05 nats counts, one of 0.0499 does not."""
+    sure = np.full((16, 1, 1), 0.05)
+    small = np.full((16, 1, 1), 0.0499)
+    unsure = np.where(np.arange(16) % 8, -0.1, 2.0)[:, None, None] + 0.05
     nothing = np.zeros((16, 1, 1))
-    assert unsure.mean() >= LEAST
+    assert unsure.mean() >= 0.05
     for needed, expected in ((sure, True), (small, False), (unsure, False), (nothing, False)):
         assert bool(CausalEffects(needed, nothing, "x").labels().heads) == expected
         assert bool(CausalEffects(nothing, needed, "x").labels().heads) == expected
         assert bool(CausalEffects(nothing, -needed, "x").heads(-1)) == expected
     assert CausalEffects(-sure, nothing, "x").heads(-1) == [Head.at(0, 0)]
+    assert CausalEffects(-small, nothing, "x").heads(-1) == []
     assert CausalEffects(-sure, nothing, "x").labels().heads == frozenset()
     assert CausalEffects(sure, -sure, "x").heads(-1) == [], "needed for the loss: not suppression"
 
 
 def test_each_head_is_judged_by_its_own_rows():
     effect = np.zeros((8, 2, 2))
-    effect[:, 1, 0] = 2 * LEAST
-    effect[:, 0, 1] = -2 * LEAST
+    effect[:, 1, 0] = 0.1
+    effect[:, 0, 1] = -0.1
     found = CausalEffects(effect, np.zeros_like(effect), "by hand")
     assert found.labels().heads == {Head.at(1, 0)}
     assert found.labels().source == "by hand"
@@ -173,7 +175,7 @@ def test_each_head_is_judged_by_its_own_rows():
     assert (saved["source"], saved["induction_heads"], saved["suppression_heads"]) == ("by hand", ["1.0"], ["0.1"])
     numbers = saved["effects_in_nats_with_95_percent_intervals"]
     assert list(numbers) == ["0.0", "0.1", "1.0", "1.1"]
-    assert numbers["1.0"] == {"needed": [2 * LEAST] * 3, "direct": [0.0] * 3}
+    assert numbers["1.0"] == {"needed": [0.1] * 3, "direct": [0.0] * 3}
 
 
 # --- measured ---
@@ -192,7 +194,7 @@ def test_both_effects_by_hand(random_gpt2, monkeypatch):
         "causal labels, direct effects: 3": 3, "causal labels, heads: 12": 12,
     }  # fmt: skip
     batch = causal_labels.battery(
-        random_gpt2.ordinary(), random_gpt2.bos, rows=3, length=64, seed=4, first=causal_labels.LABEL_FROM
+        random_gpt2.ordinary(), random_gpt2.bos, rows=3, length=64, seed=4, first=1_000_000
     ).repeats
     direct = exact_direct_effect(random_gpt2, batch, predictions_of(batch))
     assert found.direct == pytest.approx(direct, abs=1e-5)

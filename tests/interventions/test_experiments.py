@@ -184,7 +184,7 @@ def test_effects_are_those_of_the_losses_and_the_pattern(random_gpt2, few_rows, 
     head, plan = Head.at(1, 2), plan_of(random_gpt2, Head.at(1, 2))
     drawn = battery(
         random_gpt2.ordinary(), random_gpt2.bos, rows=4, length=random_gpt2.context, seed=0,
-        first=experiments.EXPERIMENT_FROM,
+        first=3_000_000,
     )  # fmt: skip
     batch = drawn.repeats
     others = Recordings(random_gpt2, drawn.controls.tokens[donor_rows(4, 0)])

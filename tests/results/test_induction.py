@@ -270,8 +270,11 @@ def test_a_run_reuses_all_or_nothing(random_gpt2, monkeypatch):
 
 
 def test_texts_that_are_left_out_keep_the_others_numbers(random_gpt2):
-    found = find_induction_heads(random_gpt2, ["", "the", "the cat sat the cat sat"], ablate=False)
-    assert [text.number for text in found.texts] == [3]
+    few, more = "a b c d e a b c d e", "a b c d e f a b c d e f"
+    found = find_induction_heads(random_gpt2, ["", "the", "the cat sat the cat sat", few, more], ablate=False)
+    assert [text.number for text in found.texts] == [3, 4, 5]
+    assert "4 queries with a target, which is few" in found.texts[1].sentence()
+    assert "5 queries with a target" in found.texts[2].sentence() and "few" not in found.texts[2].sentence()
     assert "attention_03" in found.figures and found.texts[0].sentence().startswith("Text 3: ")
     assert "text 3: the cat" in found.figure("attention_03").get_suptitle()
     assert "<h3>Text 3</h3>" in found.page()
