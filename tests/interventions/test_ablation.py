@@ -57,9 +57,7 @@ def test_heads_are_taken_one_by_one_and_together_by_both_ways(done):
 @pytest.fixture(scope="module")
 def rows(random_gpt2, few_rows):
     """What the plan draws, drawn here again."""
-    return battery(
-        random_gpt2.ordinary(), random_gpt2.bos, rows=4, length=random_gpt2.context, seed=0, first=2_000_000
-    )
+    return battery(random_gpt2.ordinary(), random_gpt2.bos, rows=4, length=random_gpt2.context, seed=0, first=2_000_000)
 
 
 @pytest.mark.parametrize("heads", [FOUND[:1], FOUND], ids=["one", "together"])
