@@ -96,9 +96,11 @@ def test_the_null_is_the_scores_of_whole_control_texts(model):
     )
     assert found.highest == pytest.approx(null.max(0), abs=1e-6)
     assert found.attention.control == pytest.approx(null.mean(0), abs=1e-6)
+    wide = np.random.default_rng(0).uniform(size=(CONTROL_ROWS, 2, 2))  # here the spread of the null decides
     deviations = max(1.0, stdtrit(31, 1 - 0.01 / 4) * np.sqrt(1 + 1 / 32))  # four heads
-    limit = null.mean(0) + np.maximum(deviations * null.std(0, ddof=1), 0.05)
-    assert found.attention.threshold == pytest.approx(limit, abs=1e-6)
+    for drawn, attention in ((null, found.attention), (wide, texts._against_control_texts(wide[0], wide, None))):
+        limit = drawn.mean(0) + np.maximum(deviations * drawn.std(0, ddof=1), 0.05)
+        assert attention.threshold == pytest.approx(limit, abs=1e-6)
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.9], ids=["queries differ", "queries agree"])
