@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -68,9 +70,17 @@ def test_adding_is_putting_the_rows_together(rows, cut):
         assert len(both.counts) == len(rows)
 
 
-def test_every_resample_draws_as_many_rows():
-    assert (bootstrap_weights(7).sum(1) == 7).all()
-    assert np.array_equal(bootstrap_weights(7), bootstrap_weights(7))
+def test_every_one_of_a_thousand_resamples_draws_as_many_rows_each_as_likely():
+    drawn = bootstrap_weights(7)
+    assert drawn.shape == (1000, 7) and (drawn.sum(1) == 7).all()
+    assert drawn.mean(0) == pytest.approx(1.0, abs=0.15) and drawn.var(0) == pytest.approx(6 / 7, abs=0.15)
+    assert np.array_equal(drawn, bootstrap_weights(7)) and not np.array_equal(drawn, bootstrap_weights(7, seed=1))
+
+
+def test_the_range_of_resamples_holds_the_middle_nineteen_in_twenty():
+    values = np.stack([np.arange(1001.0), np.where(np.arange(1001) < 500, np.nan, 7.0)], axis=1)
+    low, high = resampled_range(values)
+    assert low.tolist() == pytest.approx([25.0, 7.0]) and high.tolist() == pytest.approx([975.0, 7.0])
 
 
 LOGNORMAL = float(np.exp(0.5))  # the mean of exp(standard normal)
@@ -143,6 +153,33 @@ def test_the_interval_of_a_ratio_rests_on_whole_rows(rows):
     equal = row_sums([row[:1] * 3 for row in rows])
     expected = interval_over_rows(np.array([row[:1] for row in rows]))
     assert np.concatenate(equal.interval()) == pytest.approx(np.concatenate(expected))
+
+
+def test_the_interval_of_a_ratio_is_that_of_what_leaving_a_row_out_takes_from_it():
+    """The jackknife, row by row; rows of different lengths and of several values at once."""
+    rows = [[0.1, 0.2, 0.3], [0.9], [0.4, 0.8], [0.5, 0.6]]
+    mean = np.mean(sum(rows, []))
+    without = np.array([np.mean(sum(rows[:out] + rows[out + 1 :], [])) for out in range(4)])
+    moves = 3 * (mean - without)
+    expected = interval_over_rows((mean + moves - moves.mean())[:, None])
+    assert np.concatenate(row_sums(rows).interval()) == pytest.approx(np.concatenate(expected))
+    whole = row_sums(rows)
+    two = RowSums(np.stack([whole.sums, -2 * whole.sums], 2), whole.counts)
+    assert [end.shape for end in two.interval()] == [(1, 2), (1, 2)]
+    assert two.interval()[0][0, 0] == pytest.approx(expected[0].item())
+    assert two.interval()[1][0, 1] == pytest.approx(-2 * expected[0].item())
+
+
+def test_two_rows_cannot_be_skewed():
+    low, high = interval_over_rows(np.array([[0.0], [2.0]]))
+    assert (low.item(), high.item()) == pytest.approx(
+        (1 - 12.7062, 1 + 12.7062), abs=1e-3
+    )  # t, one degree; sd/2^.5 = 1
+
+
+def test_sums_cannot_be_changed_by_hand():
+    with pytest.raises(FrozenInstanceError):
+        row_sums([[0.5]]).sums = np.zeros((1, 1))
 
 
 def test_a_row_without_values_is_no_row():
