@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import FrozenInstanceError
 
 import numpy as np
@@ -56,6 +57,21 @@ def test_squares_between_rows_of_different_lengths():
     """Rows 0, 0, 0 and 1: mean 1/4; their sums 0 and 1 differ by -3/4 and 3/4 from 3 and 1 times that; mean count 2."""
     measured = row_sums([[0.0, 0.0, 0.0], [1.0]]).squares_between(np.ones((1, 2)))
     assert measured.item() == pytest.approx(2 * (0.75 / 2) ** 2)
+
+
+def test_each_resample_of_each_head_has_sums_of_its_own():
+    sums, counts = np.random.default_rng(0).random((4, 2, 3)), np.array([1, 2, 3, 4])
+    weights = np.array([[1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 1.0, 1.0]])
+    whole = RowSums(sums, counts)
+    assert whole.mean() == pytest.approx(sums.sum(0) / 10)
+    for at, (layer, head) in itertools.product((0, 1), np.ndindex(2, 3)):
+        own = RowSums(sums[:, layer, head], counts)
+        assert whole.squares_between(weights)[at, layer, head] == pytest.approx(own.squares_between(weights)[at])
+        mean = weights[at] @ sums[:, layer, head] / (weights[at] @ counts)
+        assert whole.resampled(weights)[at, layer, head] == pytest.approx(mean)
+        size = weights[at] @ counts / weights[at].sum()
+        distances = (sums[:, layer, head] - mean * counts) / size
+        assert own.squares_between(weights)[at] == pytest.approx(weights[at] @ distances**2)
 
 
 def test_one_row_differs_from_none():
