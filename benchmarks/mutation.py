@@ -72,7 +72,10 @@ TESTS = {  # per module, the tests that are about it, fastest first
     ],  # fmt: skip
     "common.heads.statistics": [HEADS + "statistics.py"],
     "common.heads.detection": [HEADS + "detection.py"],
-    "common.interventions.effects": ["tests/interventions/test_effects.py"],
+    "common.interventions.effects": [
+        "tests/results/test_induction.py::test_an_ablation_of_up_to_a_minute_is_made_unasked",
+        "tests/interventions/test_effects.py",
+    ],
 }
 SLOW = "not 4096 and not hand_built_heads"  # a test in a process of its own, and whole surveys
 OTHER = {"Add": "Sub", "Sub": "Add", "Mul": "Div", "Div": "Mul", "FloorDiv": "Mul", "Mod": "Mul", "Pow": "Mul",
