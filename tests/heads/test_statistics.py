@@ -74,6 +74,13 @@ def test_each_resample_of_each_head_has_sums_of_its_own():
         assert own.squares_between(weights)[at] == pytest.approx(weights[at] @ distances**2)
 
 
+def test_rows_that_agree_have_no_negative_squares():
+    """Of a thousand heads, each with one value in every row, rounding would put many a little below 0."""
+    values, counts = np.random.default_rng(0).random(1000), np.array([1, 2, 3, 5])
+    squares = RowSums(np.multiply.outer(counts, values), counts).squares_between(np.ones((1, 4)))
+    assert 0 <= squares.min() <= squares.max() < 1e-12
+
+
 def test_one_row_differs_from_none():
     assert row_sums([[0.5, 0.7]]).squares_between(np.ones((1, 1))) == pytest.approx(0.0)
 
