@@ -39,9 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.shared_parser(__doc__ or "")
     parser.add_argument(
         "--labels",
-        metavar="FILE|published|causal|none",
-        help="what to evaluate against: a JSON file, the published table, labels measured now by intervention, or none "
-        "(default: the model's own labels.json, else the published table where it knows the model)",
+        metavar="FILE|NAME|published|causal|none",
+        help="what to evaluate against: a JSON file, a published set by name (gpt2, gpt2-ioi, pythia-160m, pythia-1b), "
+        "published (the set for exactly these weights), labels measured now by intervention, or none (default: the "
+        "model's own labels.json, else published where there is a set for its weights)",
     )
     parser.add_argument(
         "--ablate",

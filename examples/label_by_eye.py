@@ -18,7 +18,7 @@ def main(results: str, least: str, labels: str) -> None:
         f"{head['layer']}.{head['head']}" for head in entry["heads"] if (head["prefix_matching"] or 0.0) >= float(least)
     ]
     said = f"by eye: prefix matching of {least} or more on one sentence"
-    written = json.dumps({"source": said, "induction_heads": heads}, indent=1)
+    written = json.dumps({"kind": "attention", "source": said, "induction_heads": heads}, indent=1)
     Path(labels).write_text(written + "\n", encoding="utf-8")
     print(written)
 

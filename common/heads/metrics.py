@@ -45,7 +45,7 @@ class Metrics:
 
     def sentence(self) -> str:
         """What is compared with what, and precision, recall and F1, the last of them also when rows are drawn again."""
-        said = [f"Agreement of {self.compared} with {self.labels_are}: {self._numbers()}."]
+        said = [f"Agreement with {self.labels_are}; compared: {self.compared}; {self._numbers()}."]
         if self.not_counted:
             said.append(f"Named by the source with less support and not counted: {', '.join(self.not_counted)}.")
         return " ".join(said)

@@ -246,7 +246,7 @@ def go_on_from(
         return None
     wanted = files.jsonable(plan.settings)
     if changed := sorted(key for key in {*wanted, *settings} if wanted.get(key) != settings.get(key)):
-        notes.say(f"the earlier {part} differ in {', '.join(changed)}: measured anew")
+        notes.say(f"the earlier run had another {', '.join(changed)}: {part} measured anew")
         return None
     if part == "experiments":
         found = {**found, "effects": earlier.get("interventions")}

@@ -214,7 +214,7 @@ def test_an_earlier_result_is_used_again_where_everything_is_the_same():
 ])  # fmt: skip
 def test_what_could_change_a_number_is_measured_anew_and_it_is_said_in_one_line(part, changed, value):
     found, said = used_again(earlier([effect()], part, **{changed: value}), part)
-    assert (found, said) == (None, [(f"the earlier {part} differ in {changed}: measured anew", False)])
+    assert (found, said) == (None, [(f"the earlier run had another {changed}: {part} measured anew", False)])
 
 
 @pytest.mark.parametrize("nothing", [None, {}, {"ablation": None}, {"heads": [3]}])
@@ -266,7 +266,7 @@ def test_a_run_reuses_all_or_nothing(random_gpt2, monkeypatch):
     content["ablation"]["settings"]["dtype"] = "torch.bfloat16"
     anew, notes = ablated(content)
     assert len(asked) == len(anew.effects) == len(first.effects) and anew.effects == first.effects
-    assert [note.text for note in notes] == ["the earlier ablation differ in dtype: measured anew"]
+    assert [note.text for note in notes] == ["the earlier run had another dtype: ablation measured anew"]
 
 
 def test_texts_that_are_left_out_keep_the_others_numbers(random_gpt2):

@@ -70,8 +70,11 @@ def test_results_are_what_the_schema_says(results, random_gpt2_folder, tmp_path)
     """With heads and labels, and for a random model with neither, on texts with and without a repeat."""
     schemas.check("induction", results)
     assert results["schema"] == 3 and results["argv"]
-    assert results["arguments"] == {"threshold": None, "labels": None, "ablate": None, "seed": 0,
-                                    "batch_size": results["arguments"]["batch_size"]}  # fmt: skip
+    used = dict(results["arguments"])
+    assert (
+        used.pop("labels") == {"kind": "causal", "source": results["metrics"]["labels"]} and used.pop("batch_size") > 0
+    )
+    assert used == {"threshold": "dynamic", "ablate": True, "seed": 0}
     common = ["--model", str(random_gpt2_folder), "--out", str(tmp_path), "--no-plots", "--labels", "none"]
     assert run(*common, "--text", "a b c", "--text", "a b c a b c") == 0
     found = json.loads((tmp_path / "results.json").read_text())
@@ -164,7 +167,7 @@ def one_line(capsys) -> str:
         (["--sequences-file", "does-not-exist.txt"], "cannot read does-not-exist.txt"),
         (["--model", "no/such/folder", *QUICK], "no/such/folder"),
         (["--labels", "does-not-exist.json", *QUICK], "cannot read labels"),
-        (["--labels", "published", *QUICK], "no published labels for mini"),
+        (["--labels", "published", *QUICK], "no labels were published for the weights of mini"),
         (["--out", "LICENSE", *QUICK], "cannot write to LICENSE"),
     ],
 )

@@ -89,7 +89,7 @@ def test_results_follow_the_contract(results):
 
 def test_results_are_what_the_schema_says(results):
     schemas.check("qk", results)
-    assert results["schema"] == 3 and results["arguments"]["layer"] == "auto" and results["argv"]
+    assert results["schema"] == 3 and results["arguments"]["layer"] == 1 and results["argv"]
 
 
 @pytest.mark.parametrize("broken", ["text", [3], "half"])
