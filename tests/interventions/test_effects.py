@@ -285,6 +285,25 @@ def test_an_experiment_draws_rows_of_its_own_and_says_what_it_was_made_with(rand
     assert of_seed.seconds() > 0
 
 
+@pytest.mark.parametrize(("runs", "seconds", "made"), [(None, 2.5, 2), (4, 10.0, 2), (0, 0.0, 0)])
+def test_the_time_that_all_runs_will_take_is_that_of_the_second_of_two(random_gpt2, monkeypatch, runs, seconds, made):
+    """With nothing left to run, none is made to measure it; unless a plan says otherwise, there is one run."""
+    none, ran, clock = SimpleNamespace(attends=np.zeros((3, 4), dtype=bool)), [], iter([10.0, 12.5])
+    plan = effects.Experiment(random_gpt2, none, rows=2, first=7, seed=5, batch_size=2)
+    monkeypatch.setattr(plan, "run_once", lambda: ran.append(len(ran)))
+    monkeypatch.setattr(effects, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    if runs is not None:
+        monkeypatch.setattr(effects.Experiment, "runs", property(lambda self: runs))
+    assert plan.seconds() == seconds
+    assert len(ran) == made
+
+
+def test_a_gpu_is_named_by_its_kind_and_no_other_device_is_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    named = [effects.device_name(SimpleNamespace(device=torch.device(name))) for name in ("cpu", "mps", "cuda:1")]
+    assert named == ["cpu", "mps", "cuda:1 (card 1)"]
+
+
 def test_every_setting_that_could_change_a_number_tells(random_gpt2, monkeypatch, tmp_path):
     """Each is changed alone, and only what it should changes."""
     none = SimpleNamespace(attends=np.zeros((3, 4), dtype=bool))
