@@ -190,7 +190,7 @@ def test_an_effect_is_the_mean_change_beside_that_of_its_controls():
 
 
 @pytest.mark.parametrize(
-    ("real", "share"), [(0.2, 0.5), (0.1, 0.75), (1.5, 0.0), (-0.1, 0.25), (-0.5, 0.0), (0.0, 0.75)]
+    ("real", "share"), [(0.2, 0.5), (0.1, 0.75), (1.5, 0.0), (-0.1, 0.25), (-0.4, 0.25), (-0.5, 0.0), (0.0, 0.75)]
 )
 def test_draws_as_large_as_the_real_effect_are_counted_in_its_direction(real, share):
     drawn = [(["0.0"], moved) for moved in (-0.4, 0.1, 0.3, 1.0)]
