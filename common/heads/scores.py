@@ -82,7 +82,7 @@ def _read_cells(
     before = np.searchsorted(query[order], np.arange(tokens.shape[1] + 1))  # how many cells lie before each query
     sorted_cells = torch.from_numpy(np.stack([kind, row, query, key])[:, order]).to(model.device)
 
-    exact = torch.float32 if model.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    exact = {"mps": torch.float32}.get(model.device.type, torch.float64)  # which Apple's GPUs do not have
 
     def read(layer: int, call: Call) -> None:
         for start, pattern in call.blocks():

@@ -214,6 +214,7 @@ def test_confidence_is_the_share_of_a_thousand_resamples_that_agree():
     repeats = {"prefix_matching": RowSums(0.4 + 0.1 * draws, ones), **others}
     found = detect(repeats, {**others, "prefix_matching": nothing}, np.ones((8, 1, 8)), threshold=0.4)
     assert found.resampled.shape == (1000, 1, 8)
+    assert np.array_equal(found.resampled_attends, found.resampled), "with that effect to attend is to be induction"
     share = found.resampled.mean(0)
     assert set(found.verdict.ravel()) == {"induction", "none"}
     assert (share > 0).any() and (share < 1).any()
@@ -241,6 +242,16 @@ def test_resamples_agree_with_the_confidence_and_the_interval_with_the_spread():
     assert found.resampled.mean() == pytest.approx(found.confidence.item())
     half = scipy.stats.t.ppf(0.975, ROWS - 1) * 0.1 / np.sqrt(ROWS)
     assert (found.low.item(), found.high.item()) == pytest.approx((0.06 - half, 0.06 + half), abs=0.01)
+
+
+@pytest.mark.parametrize(("mean", "ends"), [(0.01, (0.0, 0.118)), (0.99, (0.882, 1.0)), (0.5, (0.392, 0.608))])
+def test_no_end_of_an_interval_lies_outside_0_to_1(mean, ends):
+    nothing = exactly(0.0)
+    others = {"duplicate_token": nothing, "budget_previous": nothing, "budget_bos": nothing}
+    found = detect({"prefix_matching": sums(mean, 0.3, seed=4), **others}, {**others, "prefix_matching": nothing},
+                   np.zeros((8, 1, 1)))  # fmt: skip
+    assert (found.low.item(), found.high.item()) == pytest.approx(ends, abs=0.012)
+    assert 0 <= found.low.item() < found.high.item() <= 1
 
 
 def test_ranking_is_by_score_with_undefined_scores_last():

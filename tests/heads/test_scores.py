@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 import torch
@@ -165,7 +167,7 @@ def test_attention_to_bos_stays_in_the_denominator():
     resting = looking_at([0] * 7)
     faint = 0.99 * resting + 0.01 * looking_at([0, 0, 0, 0, 2, 3, 4])
     measured = fake_scores(np.stack([faint, resting]), REPEATED).mean("prefix_matching")[0]
-    assert measured == pytest.approx([0.01, 0.0])
+    assert measured == pytest.approx([0.01, 0.0], rel=1e-12, abs=1e-12), "in 64 bits"
 
 
 def test_attention_split_over_several_copies_still_counts_in_full():
@@ -173,3 +175,8 @@ def test_attention_split_over_several_copies_still_counts_in_full():
     pattern[5] = [0, 0, 0.5, 0, 0.5, 0, 0]  # two targets, half of the attention each
     measured = fake_scores(pattern[None], [7, 8, 7, 8, 7, 1])
     assert measured.mean("prefix_matching")[0, 0] == pytest.approx(1.0)
+
+
+def test_scores_cannot_be_changed_by_hand():
+    with pytest.raises(FrozenInstanceError):
+        scores.HeadScores({}).sums = {}

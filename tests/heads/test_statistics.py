@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -56,6 +59,28 @@ def test_squares_between_rows_of_different_lengths():
     assert measured.item() == pytest.approx(2 * (0.75 / 2) ** 2)
 
 
+def test_each_resample_of_each_head_has_sums_of_its_own():
+    sums, counts = np.random.default_rng(0).random((4, 2, 3)), np.array([1, 2, 3, 4])
+    weights = np.array([[1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 1.0, 1.0]])
+    whole = RowSums(sums, counts)
+    assert whole.mean() == pytest.approx(sums.sum(0) / 10)
+    for at, (layer, head) in itertools.product((0, 1), np.ndindex(2, 3)):
+        own = RowSums(sums[:, layer, head], counts)
+        assert whole.squares_between(weights)[at, layer, head] == pytest.approx(own.squares_between(weights)[at])
+        mean = weights[at] @ sums[:, layer, head] / (weights[at] @ counts)
+        assert whole.resampled(weights)[at, layer, head] == pytest.approx(mean)
+        size = weights[at] @ counts / weights[at].sum()
+        distances = (sums[:, layer, head] - mean * counts) / size
+        assert own.squares_between(weights)[at] == pytest.approx(weights[at] @ distances**2)
+
+
+def test_rows_that_agree_have_no_negative_squares():
+    """Of a thousand heads, each with one value in every row, rounding would put many a little below 0."""
+    values, counts = np.random.default_rng(0).random(1000), np.array([1, 2, 3, 5])
+    squares = RowSums(np.multiply.outer(counts, values), counts).squares_between(np.ones((1, 4)))
+    assert 0 <= squares.min() <= squares.max() < 1e-12
+
+
 def test_one_row_differs_from_none():
     assert row_sums([[0.5, 0.7]]).squares_between(np.ones((1, 1))) == pytest.approx(0.0)
 
@@ -68,9 +93,17 @@ def test_adding_is_putting_the_rows_together(rows, cut):
         assert len(both.counts) == len(rows)
 
 
-def test_every_resample_draws_as_many_rows():
-    assert (bootstrap_weights(7).sum(1) == 7).all()
-    assert np.array_equal(bootstrap_weights(7), bootstrap_weights(7))
+def test_every_one_of_a_thousand_resamples_draws_as_many_rows_each_as_likely():
+    drawn = bootstrap_weights(7)
+    assert drawn.shape == (1000, 7) and (drawn.sum(1) == 7).all()
+    assert drawn.mean(0) == pytest.approx(1.0, abs=0.15) and drawn.var(0) == pytest.approx(6 / 7, abs=0.15)
+    assert np.array_equal(drawn, bootstrap_weights(7)) and not np.array_equal(drawn, bootstrap_weights(7, seed=1))
+
+
+def test_the_range_of_resamples_holds_the_middle_nineteen_in_twenty():
+    values = np.stack([np.arange(1001.0), np.where(np.arange(1001) < 500, np.nan, 7.0)], axis=1)
+    low, high = resampled_range(values)
+    assert low.tolist() == pytest.approx([25.0, 7.0]) and high.tolist() == pytest.approx([975.0, 7.0])
 
 
 LOGNORMAL = float(np.exp(0.5))  # the mean of exp(standard normal)
@@ -143,6 +176,33 @@ def test_the_interval_of_a_ratio_rests_on_whole_rows(rows):
     equal = row_sums([row[:1] * 3 for row in rows])
     expected = interval_over_rows(np.array([row[:1] for row in rows]))
     assert np.concatenate(equal.interval()) == pytest.approx(np.concatenate(expected))
+
+
+def test_the_interval_of_a_ratio_is_that_of_what_leaving_a_row_out_takes_from_it():
+    """The jackknife, row by row; rows of different lengths and of several values at once."""
+    rows = [[0.1, 0.2, 0.3], [0.9], [0.4, 0.8], [0.5, 0.6]]
+    mean = np.mean(sum(rows, []))
+    without = np.array([np.mean(sum(rows[:out] + rows[out + 1 :], [])) for out in range(4)])
+    moves = 3 * (mean - without)
+    expected = interval_over_rows((mean + moves - moves.mean())[:, None])
+    assert np.concatenate(row_sums(rows).interval()) == pytest.approx(np.concatenate(expected))
+    whole = row_sums(rows)
+    two = RowSums(np.stack([whole.sums, -2 * whole.sums], 2), whole.counts)
+    assert [end.shape for end in two.interval()] == [(1, 2), (1, 2)]
+    assert two.interval()[0][0, 0] == pytest.approx(expected[0].item())
+    assert two.interval()[1][0, 1] == pytest.approx(-2 * expected[0].item())
+
+
+def test_two_rows_cannot_be_skewed():
+    low, high = interval_over_rows(np.array([[0.0], [2.0]]))
+    assert (low.item(), high.item()) == pytest.approx(
+        (1 - 12.7062, 1 + 12.7062), abs=1e-3
+    )  # t, one degree; sd/2^.5 = 1
+
+
+def test_sums_cannot_be_changed_by_hand():
+    with pytest.raises(FrozenInstanceError):
+        row_sums([[0.5]]).sums = np.zeros((1, 1))
 
 
 def test_a_row_without_values_is_no_row():

@@ -37,6 +37,12 @@ def test_controls_are_the_text_with_what_repeats_drawn_afresh(text):
         assert cells_of(controls, "prefix_matching", row) == cells_of(batch, "prefix_matching", 0)
 
 
+def test_as_many_unused_words_as_repeats_are_enough():
+    batch = TokenBatch.of([np.array([0, 1, 2, 1, 2])], pad=0)
+    _, controls = with_controls(batch, np.arange(1, 5), rows=20, seed=0)
+    assert {tuple(row) for row in controls.tokens.tolist()} == {(0, 1, 2, 3, 4), (0, 1, 2, 4, 3)}
+
+
 def test_a_text_that_holds_every_token_still_has_controls():
     batch = TokenBatch.of([np.array([0, 1, 2, 1, 2, 2])], pad=0)
     compared, controls = with_controls(batch, np.array([1, 2]), rows=3, seed=0)

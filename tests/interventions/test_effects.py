@@ -123,7 +123,7 @@ def test_a_heads_own_prefix_matching_is_the_score_of_it(loaded, oracles, name, b
     """Rows that say a thing twice, three times, and never: one query may have several targets, or none."""
     thrice, never = np.array([0, *[5, 6, 7] * 4]), np.arange(13)
     twice = np.array([0, 9, 8, 7, 6, 5, 4, 9, 8, 7, 6, 5, 4])
-    batch = TokenBatch.of([twice, thrice, never], pad=0)
+    batch = TokenBatch.of([twice, never, thrice], pad=0)  # run two rows at a time: row 2 is the first of its run
     edited, cells = [Head.at(0, 1), Head.at(0, 2)], batch.cells["prefix_matching"]
     flat = of(edited, lambda layer, head, row, p: p.tril().sign() / (torch.arange(len(p))[:, None] + 1))
     changes = Changes(pattern=flat) if below else Changes()
@@ -131,12 +131,12 @@ def test_a_heads_own_prefix_matching_is_the_score_of_it(loaded, oracles, name, b
     metrics = effects.RowMetrics(loaded[name], batch, batch_size=2)
     for head in (Head.at(0, 1), Head.at(2, 3)):
         own = metrics.prefix_matching(head, uniform(edited) if below else None)
-        for row in range(2):
+        for row in (0, 2):
             pattern = changes.seen["pattern", head.layer, head.head, row]
             at = [(query, key) for r, query, key in zip(cells.row, cells.query, cells.key, strict=True) if r == row]
             paid = sum(pattern[query, key].item() for query, key in at)
             assert own[row] == pytest.approx(paid / len({query for query, _ in at}), abs=1e-5)
-        assert np.isnan(own[2])
+        assert np.isnan(own[1])
 
 
 # --- controls ---
@@ -190,7 +190,7 @@ def test_an_effect_is_the_mean_change_beside_that_of_its_controls():
 
 
 @pytest.mark.parametrize(
-    ("real", "share"), [(0.2, 0.5), (0.1, 0.75), (1.5, 0.0), (-0.1, 0.25), (-0.5, 0.0), (0.0, 0.75)]
+    ("real", "share"), [(0.2, 0.5), (0.1, 0.75), (1.5, 0.0), (-0.1, 0.25), (-0.4, 0.25), (-0.5, 0.0), (0.0, 0.75)]
 )
 def test_draws_as_large_as_the_real_effect_are_counted_in_its_direction(real, share):
     drawn = [(["0.0"], moved) for moved in (-0.4, 0.1, 0.3, 1.0)]
@@ -283,6 +283,25 @@ def test_an_experiment_draws_rows_of_its_own_and_says_what_it_was_made_with(rand
         losses = [effects.losses(random_gpt2, expected.repeats, some) for some in (one, ablations[name](one.heads))]
         assert losses[0][:, 1:] == pytest.approx(losses[1][:, 1:], abs=1e-5)
     assert of_seed.seconds() > 0
+
+
+@pytest.mark.parametrize(("runs", "seconds", "made"), [(None, 2.5, 2), (4, 10.0, 2), (0, 0.0, 0)])
+def test_the_time_that_all_runs_will_take_is_that_of_the_second_of_two(random_gpt2, monkeypatch, runs, seconds, made):
+    """With nothing left to run, none is made to measure it; unless a plan says otherwise, there is one run."""
+    none, ran, clock = SimpleNamespace(attends=np.zeros((3, 4), dtype=bool)), [], iter([10.0, 12.5])
+    plan = effects.Experiment(random_gpt2, none, rows=2, first=7, seed=5, batch_size=2)
+    monkeypatch.setattr(plan, "run_once", lambda: ran.append(len(ran)))
+    monkeypatch.setattr(effects, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    if runs is not None:
+        monkeypatch.setattr(effects.Experiment, "runs", property(lambda self: runs))
+    assert plan.seconds() == seconds
+    assert len(ran) == made
+
+
+def test_a_gpu_is_named_by_its_kind_and_no_other_device_is_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    named = [effects.device_name(SimpleNamespace(device=torch.device(name))) for name in ("cpu", "mps", "cuda:1")]
+    assert named == ["cpu", "mps", "cuda:1 (card 1)"]
 
 
 def test_every_setting_that_could_change_a_number_tells(random_gpt2, monkeypatch, tmp_path):

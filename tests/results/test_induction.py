@@ -285,3 +285,14 @@ def test_texts_that_are_left_out_keep_the_others_numbers(random_gpt2):
 def test_what_is_no_model_or_no_text_is_said(random_gpt2, model, texts, said):
     with pytest.raises(UserError, match=said):
         find_induction_heads(model or random_gpt2, texts)
+
+
+@pytest.mark.parametrize(("seconds", "made"), [(60.0, True), (60.1, False)])
+def test_an_ablation_of_up_to_a_minute_is_made_unasked(random_gpt2, monkeypatch, seconds, made):
+    monkeypatch.setattr(ablation, "AblationPlan", lambda *_, **__: SimpleNamespace(seconds=lambda: seconds))
+    monkeypatch.setattr(ablation, "ablate", lambda *_: SimpleNamespace(impossible={}))
+    said: list[str] = []
+    notes = SimpleNamespace(say=said.append, warn=said.append)
+    measured = SimpleNamespace(found=SimpleNamespace(induction=np.array([True])))
+    found = induction._ablate(random_gpt2, measured, None, {}, {}, silent, notes)
+    assert (found is not None, said == []) == (made, made), said
