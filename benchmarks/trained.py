@@ -1,10 +1,10 @@
 """Is the detector right about models that were trained, not built? Judged by attention knockout, head by head.
 
     python -m training.train_judges && python -m benchmarks.trained outputs/judges/*
-    python -m benchmarks.trained SmolLM2-135M-Instruct.Q4_1.gguf --out benchmarks/results/smollm2.json
+    python -m benchmarks.trained SmolLM2-135M-Instruct.Q4_1.gguf --others 40 --out benchmarks/results/smollm2.json
 
-Prints a table and writes all it rests on to benchmarks/results/trained.json. What has been measured of a model is kept
-in outputs/references and outputs/benchmark_trained, so an interrupted run goes on.
+Prints a table and writes all it rests on to benchmarks/results/trained.json. What the judge has measured of a model is
+kept in benchmarks/results/references, row by row: it takes an hour for SmolLM2, and does not depend on the detector.
 
 1. Detector. What induction_head_detection.py does by default: random rows with a repeat, 32 at first.
 2. Judge. `benchmarks.knockout_reference`, which imports nothing of the detector: other rows, other code. A head is an
@@ -41,7 +41,7 @@ from benchmarks import knockout_reference
 from common import cli
 from common.heads.detection import LEAST_EFFECT
 from common.heads.survey import Survey, survey
-from common.loading import load
+from common.loading import Model, load
 from common.results import files
 
 Bools = NDArray[np.bool_]
@@ -49,7 +49,7 @@ Floats = NDArray[np.float64]
 
 PROGRAM = "benchmark_trained"
 RESULTS = Path(__file__).with_name("results") / "trained.json"
-REFERENCES = Path("outputs/references")
+REFERENCES = RESULTS.with_name("references")
 CUTS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # nats
 FIXED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 RESAMPLES = 1000
@@ -138,11 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def benchmark(args: argparse.Namespace) -> None:
     found = []
     for path in map(Path, args.models):
-        cli.tell(f"{path.name}: the judge")
+        cli.say(f"{path.name}: the detector")
+        model = load(str(path))
+        surveyed = survey(model, seed=0, batch_size=8)
+        cli.say(f"{path.name}: the judge")
         kept = REFERENCES / f"{path.name}.json"
-        reference = knockout_reference.measure_into(kept, path, rows=args.rows, others=args.others)
-        cli.tell(f"{path.name}: the detector")
-        found.append(both_sides(path, reference))
+        reference = knockout_reference.measure_into(kept, path, rows=args.rows, others=args.others, say=cli.detail)
+        found.append(both_sides(path, model, surveyed, reference))
     result = {"command": f"python -m benchmarks.trained {' '.join(Path(name).name for name in args.models)}"}
     result |= {"summary": summary(found), "models": [entry(each) for each in found]}
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -150,10 +152,8 @@ def benchmark(args: argparse.Namespace) -> None:
     print_result(result)
 
 
-def both_sides(path: Path, reference: Mapping[str, Any]) -> Verdicts:
-    """Ask the detector about the model, and put its answers beside the judge's."""
-    model = load(str(path))
-    surveyed: Survey = survey(model, seed=0, batch_size=8)
+def both_sides(path: Path, model: Model, surveyed: Survey, reference: Mapping[str, Any]) -> Verdicts:
+    """The detector's answers about the model beside the judge's."""
     found, shape = surveyed.found, (model.n_layers, model.n_heads)
     recipe = path / "training.json"
     trained = json.loads(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}

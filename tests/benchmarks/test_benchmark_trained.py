@@ -7,8 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import trained
+from benchmarks import knockout_reference, trained
+from common.attention.head import Head
+from common.heads.survey import survey
+from common.loading import load
 from tests import handbuilt
+from tests.conftest import ROOT
 from tests.handbuilt import COPY, Role
 
 
@@ -84,3 +88,16 @@ def test_a_run_on_a_hand_built_model_finds_both_sides_of_one_mind(tmp_path, monk
     assert result["summary"]["macro"]["f1"][0] == 1.0
     assert str(tmp_path) not in out.read_text(encoding="utf-8"), "no path of this machine in what is committed"
     assert "1.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["gpt2-0", "llama-0", "neox-0"])
+def test_detector_and_judge_agree_on_the_trained_models_kept_here(name, tmp_path):
+    folder = ROOT / "models" / "judges" / name
+    committed = json.loads(trained.RESULTS.read_text(encoding="utf-8"))
+    (told,) = [each for each in committed["models"] if each["model"] == name]
+    assert told["formed"] and 0 < len(told["needed"]) < told["layers"] * told["heads"]
+    again = knockout_reference.measure_into(tmp_path / "reference.json", folder, rows=8, others=0)
+    assert sorted(map(knockout_reference.name_of, knockout_reference.needed_heads(again["alone"]))) == told["needed"]
+    model = load(str(folder))
+    detected = survey(model, seed=1, batch_size=8).found.induction
+    assert [str(Head.at(*place)) for place in np.argwhere(detected)] == told["needed"]
