@@ -123,7 +123,8 @@ def benchmark(args: argparse.Namespace) -> None:
         entries = [{**vars(point), "seconds": point.seconds} for point in measured]
         asked = targets(measured)
         results = {
-            "argv": sys.argv,
+            "command": "python -m benchmarks.scoring",
+            "arguments": {"quick": args.quick, "repeats": repeats},
             "torch_threads": torch.get_num_threads(),
             "wall_seconds": round(time.monotonic() - started, 1),
             "targets": asked,

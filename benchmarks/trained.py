@@ -164,7 +164,7 @@ def both_sides(path: Path, model: Model, surveyed: Survey, reference: Mapping[st
     }  # fmt: skip
     return Verdicts(
         path.name, facts, found.induction, found.resampled, found.score, found.control, found.threshold,
-        surveyed.evidence.total.mean(0), found.attends, found.verdict,
+        surveyed.evidence.effect.mean(0), found.attends, found.verdict,
         alone=on_grid(reference["alone"], shape), others_out=on_grid(reference["others_out"], shape),
         joint=reference["joint"],
     )  # fmt: skip
