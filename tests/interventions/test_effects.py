@@ -243,6 +243,8 @@ def test_twenty_draws_that_several_sets_share_are_measured_once(random_gpt2, dra
     assert sum(ticks) == len(set(map(tuple, measured[1:]))) == len(measured) - 1 == 3 + 2 + 1
     asked = effects.with_their_controls([two[:1], two[1:], two], 4, count=effects.CONTROLS, avoid=two, seed=0)
     assert asked == {tuple(heads) for heads in measured[1:]}
+    ((cut,),) = effects.effects_with_controls(metrics, "zero", [two[:1]], zero, controls=1, avoid=two)
+    assert (cut["control"]["draws"], cut["control"]["exhaustive"]) == (1, False)
     wide = effects.layer_matched(two, 32, count=effects.CONTROLS, seed=0)
     assert len(set(wide)) == 20 < effects.matched_sets(two, 32)
 
