@@ -225,7 +225,7 @@ def random_model(number: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Subje
 def ask(subject: Subject, model: Model, length: int, seed: int) -> list[Said]:
     """Every method on one model at one row length, by itself and with the effect rule."""
     surveyed = survey(model, seed=seed, batch_size=8, length=length)
-    raises = surveyed.evidence.total.mean(0) >= LEAST_EFFECT
+    raises = surveyed.evidence.effect.mean(0) >= LEAST_EFFECT
     return [
         Said(method, ruled, subject, length, looks & raises if ruled else looks)
         for method, looks in looking(surveyed.found, model, length, seed).items()

@@ -142,7 +142,7 @@ def judged(entry: convert.Entry, surveyed: Survey, knockout: Floats) -> Iterator
         "score": found.score,
         "control": found.control,
         "threshold": found.threshold,
-        "effect": surveyed.evidence.total.mean(0),
+        "effect": surveyed.evidence.effect.mean(0),
         "knockout": knockout,
         "confidence": found.confidence,
     }

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common import UserError
@@ -24,6 +26,9 @@ BLOCK = 1 << 19  # numbers of a pattern that stand in memory at once, unless one
 BLOCK_GPU = 1 << 25  # the same on a GPU, which small blocks would leave idle
 
 POINTS = ("q", "k", "scores", "pattern", "v", "z")  # in the order in which a head computes them; z is its output
+
+
+Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -250,6 +255,21 @@ class Call:
         values = self.v.repeat_interleave(self.n_heads // self.v.shape[1], dim=1)
         blocks = (self._softmax(scores).to(values.dtype) for _, scores in self._score_blocks())
         return torch.cat([block @ values[:, :, : block.shape[-1]] for block in blocks], 2).transpose(1, 2)
+
+
+def knocked_out(row: Indices, query: Indices, key: Indices) -> Callable[[Tensor, slice], Tensor]:
+    """The change of an edit at "scores" that leaves no attention to the cells (`row`, `query`, `key`) [n]. A row of
+    attention in which nothing is left stays empty."""
+
+    def change(scores: Tensor, rows: slice) -> Tensor:
+        start = rows.start or 0
+        inside = (row >= start) & (row < start + len(scores))
+        left = scores.clone()
+        # Before softmax: renormalising the pattern would be 0/0 in float32 where all attention is on the cells.
+        left[row[inside] - start, query[inside], key[inside]] = -torch.inf
+        return left
+
+    return change
 
 
 @dataclass(frozen=True)

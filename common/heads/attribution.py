@@ -7,7 +7,9 @@ predicts, its logit is taken above the mean logit of all tokens.
 1. Total effect: the change of the correct token's logit, through all later layers, because a head attends to its
    targets. To first order (attribution patching: Nanda 2023; Syed et al. 2023, arXiv 2310.10348): the gradient of the
    logit at the head's output times what its output owes to the targets. As sum dL/dP * dP = sum dL/dO * (dP V), one
-   forward and one backward pass measure all heads, and no pattern is kept.
+   forward and one backward pass measure all heads, and no pattern is kept. Behind a saturated softmax or a steep MLP a
+   gradient is 0 and says nothing of a large change; so a head that attends and has no effect to first order is measured
+   exactly: a forward pass with its attention to the targets knocked out.
 2. Direct effect, from the same pass: the part of it that goes straight into the last residual stream, through the final
    norm with its scale frozen (direct logit attribution: Elhage et al. 2021; Wang et al. 2022, arXiv 2211.00593). Heads
    that act through later heads have a total effect and no direct one.
@@ -20,6 +22,7 @@ predicts, its logit is taken above the mean logit of all tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -30,7 +33,8 @@ from torch import Tensor
 
 from common import UserError
 from common.attention.batches import Advance, in_batches
-from common.attention.head import ONLY_STACK, Place
+from common.attention.call import Edit, knocked_out
+from common.attention.head import ONLY_STACK, Head, Place
 from common.heads.statistics import Floats, Ints, mean_per_row
 from common.heads.tokens import TokenBatch, continuing
 from common.loading.families import plain, unembedding_weights
@@ -66,6 +70,31 @@ def attribute(model: Model, batch: TokenBatch, *, batch_size: int, advance: Adva
     rows = len(batch.tokens)
     parts = in_batches(lambda group: _attribute_at_once(model, batch.rows(*group)), rows, batch_size, advance)
     return Attribution(*np.concatenate(parts, axis=1))
+
+
+def exact_effect(model: Model, batch: TokenBatch, heads: Sequence[Head], *, batch_size: int) -> Floats:
+    """The total effect of each of `heads`, not to first order, [rows, heads]: what the correct token's logit, above the
+    mean logit, loses under attention knockout of the head's target cells. NaN for a row without a repeat."""
+
+    def at_once(group: tuple[int, int]) -> Floats:
+        rows = batch.rows(*group)
+        cells, (row, position) = rows.cells["prefix_matching"], np.nonzero(continuing(rows))
+        at, correct = (row, position - 1), torch.from_numpy(rows.tokens[row, position])
+
+        def above_mean(logits: Tensor) -> Floats:
+            return plain(logits.gather(1, correct.to(logits.device)[:, None])[:, 0] - logits.float().mean(1))
+
+        clean, found = above_mean(model.logits(rows.tokens, at=at)), np.full((len(rows.tokens), len(heads)), np.nan)
+        start: tuple[int, Tensor] | None = None
+        for number in sorted(range(len(heads)), key=lambda number: heads[number].layer):
+            layer = heads[number].layer  # below it all is as it was
+            start = layer, model.record(rows.tokens, {(layer, "resid_pre")}, start=start)[layer, "resid_pre"]
+            edit = Edit(heads[number], "scores", knocked_out(cells.row, cells.query, cells.key))
+            changed = above_mean(model.logits(rows.tokens, [edit], at=at, start=start))
+            found[:, number] = mean_per_row(clean - changed, row, len(rows.tokens))
+        return found
+
+    return np.concatenate(in_batches(at_once, len(batch.tokens), batch_size))
 
 
 def _attribute_at_once(model: Model, batch: TokenBatch) -> Floats:

@@ -10,9 +10,10 @@
    `deviations` is so large that at most a share `FALSE_POSITIVES` of all models whose heads ignore the repeat has one
    head that passes, whatever the number of heads (Student's t for two samples, Bonferroni).
 3. A head whose score reaches its threshold (`score >= threshold`) attends to its targets more than chance explains.
-   What that does to the correct token's logit is its total effect (common/heads/attribution.py): `induction` raises it
-   by `LEAST_EFFECT` nats or more, `suppression` lowers it by as much. A head that does neither is `attends-only` if its
-   score lies `NOTABLE` or more above its null: many heads of a trained model attend a little, to no effect.
+   What that does to the correct token's logit, against the mean of all logits, is its total effect
+   (common/heads/attribution.py): `induction` raises it by `LEAST_EFFECT` nats or more, `suppression` lowers it by as
+   much. A head that does neither is `attends-only` if its score lies `NOTABLE` or more above its null: many heads of a
+   trained model attend a little, to no effect.
    No score can pass a threshold of 1 or more. A head that has one, and scores higher than its null by `LEAST_LIFT` or
    more, is `undecided`: the method has failed on it, and that is no verdict.
 4. Of the other heads, one whose attention to earlier copies reaches the threshold of the same rule, and lies `NOTABLE`

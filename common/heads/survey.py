@@ -1,22 +1,25 @@
 """Survey a model: draw battery rows, score every head, give a verdict on each.
 
 Rows come in lots of `LOT`. After each lot every verdict has a confidence (common/heads/detection.py). Rows are added
-until every verdict's confidence reaches `SURE`, or until there are `MOST_ROWS`.
+until every verdict's confidence reaches `SURE`, or until there are `MOST_ROWS`. No head is called `attends-only`
+because its effect is 0 to first order: before that it is measured exactly (common/heads/attribution.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.attention.batches import Advance, Progress, silent
-from common.heads.attribution import attribute, ov_copying, why_no_direct_path
+from common.attention.head import Head
+from common.heads.attribution import attribute, exact_effect, ov_copying, why_no_direct_path
 from common.heads.detection import Detection, detect
 from common.heads.scores import HeadScores, score
 from common.heads.statistics import Floats
-from common.heads.tokens import ROW_LENGTH, Battery, battery
+from common.heads.tokens import ROW_LENGTH, Battery, TokenBatch, battery
 
 if TYPE_CHECKING:
     from common.loading.model import Model
@@ -33,7 +36,8 @@ class Evidence:
 
     `repeats`, `controls`: the scores on rows with a repeat and on their controls. `total`, `direct`: the effects on the
     correct token's logit, [effect rows, layers, heads], in nats. `no_direct_path`: why the model has no direct path
-    from a head to the logits, and then `direct` is NaN; None if it has one.
+    from a head to the logits, and then `direct` is NaN; None if it has one. `exact`: the total effect not to first
+    order, in the shape of `total`, NaN for the heads that it was not measured of; None before it was asked for.
     """
 
     repeats: HeadScores
@@ -41,6 +45,12 @@ class Evidence:
     total: Floats
     direct: Floats
     no_direct_path: str | None = None
+    exact: Floats | None = None
+
+    @property
+    def effect(self) -> Floats:
+        """The total effect, [effect rows, layers, heads]: exact where it was measured so, else to first order."""
+        return self.total if self.exact is None else np.where(np.isnan(self.exact), self.total, self.exact)
 
     def __add__(self, other: Evidence) -> Evidence:
         total = np.concatenate([self.total, other.total])
@@ -50,7 +60,7 @@ class Evidence:
 
     def decide(self, threshold: float | None) -> Detection:
         """The verdict on every head, each against its own threshold (None) or against one for all."""
-        return detect(self.repeats.sums, self.controls.sums, self.total, threshold=threshold)
+        return detect(self.repeats.sums, self.controls.sums, self.effect, threshold=threshold)
 
 
 @dataclass(frozen=True)
@@ -82,14 +92,29 @@ def survey(
     steps = 2 * LOT + EFFECT_ROWS  # repeats and controls are scored, effects measured on some of them
     reason = why_no_direct_path(model)
     state: Survey | None = None
+    lots: list[TokenBatch] = []
     while state is None or not (state.settled or state.rows >= MOST_ROWS):
         first = state.rows if state else 0
         lot = battery(model.ordinary(), model.bos, rows=LOT, length=length, seed=seed, first=first)
+        lots.append(lot.repeats.rows(0, EFFECT_ROWS))
         with progress(f"scoring heads, rows {first + 1} to {first + LOT}", steps) as advance:
             evidence = gather_evidence(model, lot, batch_size=batch_size, advance=advance, no_direct_path=reason)
         evidence = state.evidence + evidence if state else evidence
+        evidence = replace(evidence, exact=_exact(model, lots, evidence.decide(threshold), batch_size))
         state = Survey(evidence.decide(threshold), evidence, first + LOT, lot.repeats.tokens.shape[1])
     return state
+
+
+def _exact(model: Model, lots: Sequence[TokenBatch], found: Detection, batch_size: int) -> Floats:
+    """The exact total effect of the heads that are `found` to attend to no effect, on the rows in `lots`, [effect rows,
+    layers, heads]; NaN for all others."""
+    idle = [Head.at(*place) for place in np.argwhere(found.verdict == "attends-only")]
+    exact = np.full((EFFECT_ROWS * len(lots), *found.score.shape), np.nan)
+    for number, rows in enumerate(lots if idle else []):
+        measured = exact_effect(model, rows, idle, batch_size=batch_size)
+        for head, values in zip(idle, measured.T, strict=True):
+            exact[number * EFFECT_ROWS : (number + 1) * EFFECT_ROWS, head.layer, head.head] = values
+    return exact
 
 
 def gather_evidence(

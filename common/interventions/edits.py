@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from common import UserError
-from common.attention.call import Edit
+from common.attention.call import Edit, knocked_out
 from common.attention.head import Head
 from common.heads.statistics import Ints
 from common.heads.tokens import Cells, TokenBatch
@@ -158,16 +158,7 @@ def pattern_from(heads: Sequence[Head], source: Recordings) -> Intervention:
 def knockout(heads: Sequence[Head], cells: Cells) -> Intervention:
     """Attention knockout: no attention to the `cells`, the rest of the query's row renormalised. A row in which nothing
     is left stays empty."""
-    row, query, key = (torch.from_numpy(index) for index in (cells.row, cells.query, cells.key))
-
-    def change(scores: Tensor, rows: slice) -> Tensor:
-        start = rows.start or 0
-        inside = (row >= start) & (row < start + len(scores))
-        left = scores.clone()
-        # Before softmax: renormalising the pattern would be 0/0 in float32 where all attention is on the cells.
-        left[row[inside] - start, query[inside], key[inside]] = -torch.inf
-        return left
-
+    change = knocked_out(cells.row, cells.query, cells.key)
     return each_head("knockout", heads, "scores", lambda head: change)
 
 

@@ -112,7 +112,9 @@ class InductionHeads(Analysis):
 
     def sentences(self) -> list[str]:
         """What was found, for a reader: the induction heads, the others, the texts, agreement with the labels."""
-        found = [tables.verdict_sentence(self.heads, self.ablation), tables.other_heads(self.heads)]
+        exact = tables.exact_sentence(self.heads)
+        found = [exact] if exact else []
+        found += [tables.verdict_sentence(self.heads, self.ablation), tables.other_heads(self.heads)]
         if not self.survey.settled:
             detected = self.survey.found
             unsure = sorted(
@@ -266,7 +268,9 @@ def _heads(measured: Survey, direct: Floats, ablated: Ablation | None) -> tuple[
         "copying": direct,
         **{f"budget_{part}": paid for part, paid in evidence.repeats.budget().items()},
     }
-    for kind, effect in (("total_effect", evidence.total), ("direct_effect", evidence.direct)):
+    exact = evidence.exact
+    columns["total_effect_exact"] = ~np.isnan(exact).all(0) if exact is not None else np.zeros_like(found.induction)
+    for kind, effect in (("total_effect", evidence.effect), ("direct_effect", evidence.direct)):
         columns |= {kind: effect.mean(0), f"{kind}_interval": pairs(*interval_over_rows(effect))}
     rows = []
     for row in tables.rows(HeadRow, columns):

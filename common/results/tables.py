@@ -61,8 +61,9 @@ class HeadRow(Screenful):
 
     Scores, `confidence`, `control`, `threshold` and the `budget_*` shares of attention (at queries with a target) lie
     in [0, 1]; `copying` in [-1, 1], NaN where the model has no direct path to the logits. Effects are in nats, above 0
-    where the head helps: on the repeated token's logit (`total_effect`, `direct_effect`), and the rise of the loss at
-    repeats without the head (`ablation_effect`, None where it was not measured). Intervals are 95 % over rows.
+    where the head helps: on the repeated token's logit (`total_effect`, to first order, or by attention knockout where
+    `total_effect_exact`; `direct_effect`), and the rise of the loss at repeats without the head (`ablation_effect`,
+    None where it was not measured). Intervals are 95 % over rows.
     """
 
     layer: int
@@ -87,6 +88,7 @@ class HeadRow(Screenful):
     budget_other: float
     total_effect: float
     total_effect_interval: Interval
+    total_effect_exact: bool
     direct_effect: float
     direct_effect_interval: Interval
     ablation_effect: float | None = None
@@ -160,15 +162,23 @@ def with_sign(value: float | None) -> str:
 
 
 def head_lines(heads: Sequence[HeadRow]) -> list[list[str]]:
-    """Lines for the terminal: the heads that attend to their targets, highest score first."""
+    """Lines for the terminal: the heads that attend to their targets, highest score first; * beside an exact effect."""
     shown = sorted((head for head in heads if head.verdict in ON_TARGETS), key=lambda head: -head.prefix_matching)
     lines = []
     for head in shown[:MOST_PRINTED]:
-        effects = map(with_sign, (head.total_effect, head.direct_effect, head.copying))
+        total, *others = map(with_sign, (head.total_effect, head.direct_effect, head.copying))
+        effects = total + "*" * head.total_effect_exact, *others
         paid = " ".join(f"{100 * getattr(head, f'budget_{part}'):3.0f}" for part in BUDGET)
         scores = f"{head.prefix_matching:.2f}", f"{head.threshold:.2f}"
         lines.append([head.name, f"{head.verdict} {head.confidence:.2f}", *scores, *effects, paid])
     return lines
+
+
+def exact_sentence(heads: Sequence[HeadRow]) -> str | None:
+    """What the * of `head_lines` means; None where there is none."""
+    if any(head.total_effect_exact for head in heads):
+        return "* exact, by attention knockout: to first order these heads seem to do nothing with what they attend to."
+    return None
 
 
 def verdict_sentence(heads: Sequence[HeadRow], ablation: Ablation | None) -> str:

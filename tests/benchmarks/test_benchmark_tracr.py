@@ -89,13 +89,13 @@ def test_verdicts_on_foreign_models(name, attends, induction):
         assert {(head["layer"], head["head"]) for head in reached["heads"] if head["said"][truth]} == heads
 
 
-def test_truth_and_knockout_agree_where_the_verdict_is_wrong():
+def test_a_head_that_no_gradient_shows_is_found():
     """The steps of an MLP hide a head from effects of first order: it attends, all depends on it, and none is seen."""
     (head,) = (
         head for head in benchmark.outcome(ENTRIES["through-number"], convert.COMPILED)["heads"] if head["attends"]
     )
     assert head["induction"] and head["knockout"] > 1
-    assert head["said"]["attends"]
+    assert head["said"]["attends"] and head["said"]["induction"]
 
 
 def test_what_does_not_get_all_the_way_says_how_far():

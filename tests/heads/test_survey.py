@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from common.heads import scores
+from common.heads import attribution, scores
 from common.heads.detection import detect
 from common.heads.statistics import RowSums
 from common.heads.survey import Survey, gather_evidence, survey
@@ -181,3 +181,27 @@ def test_heads_that_ignore_tokens_are_turned_away_by_the_null(hand_built, kind, 
     assert verdict(evidence, controls=blind, effect=np.ones((8, 2, 1))) == "induction", (
         "without null and size it passes"
     )
+
+
+def test_what_has_no_effect_to_first_order_is_measured_exactly_before_it_is_called_so(hand_built, monkeypatch):
+    """A gradient of 0, as behind a saturated softmax: the induction head is found all the same, attends-only stays."""
+    roles = {
+        (0, 0): Role("previous-token", slot=0),
+        (0, 1): Role("uniform"),
+        (1, 0): Role("induction", strength=0.6, slot=0, writing=COPY),
+        (1, 1): Role("attends-only", strength=0.6, slot=0),
+    }
+    model = hand_built(roles)[1]
+    honest = survey(model, seed=0, batch_size=8)
+    assert np.isnan(honest.evidence.exact[:, 1, 0]).all(), "it has an effect to first order"
+    assert honest.evidence.exact[:, 1, 1] == pytest.approx(0.0, abs=1e-3)
+
+    def blind(*args, **options):
+        found = attribution.attribute(*args, **options)
+        return dataclasses.replace(found, total=0 * found.total)
+
+    monkeypatch.setattr("common.heads.survey.attribute", blind)
+    found = survey(model, seed=0, batch_size=8)
+    assert found.found.verdict[1].tolist() == ["induction", "attends-only"]
+    assert found.evidence.effect.mean(0)[1, 0] == pytest.approx(3.6, abs=0.1)
+    assert np.isnan(found.evidence.exact[:, 0]).all() and (found.evidence.effect[:, 0] == 0).all()

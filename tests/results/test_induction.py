@@ -95,7 +95,7 @@ def test_rows_are_the_arrays_of_the_survey_head_by_head(found):
         at = head.layer, head.head
         assert head.prefix_matching == detected.score[at] and head.threshold == detected.threshold[at]
         assert head.verdict == detected.verdict[at] and head.induction == detected.induction[at]
-        assert head.total_effect == pytest.approx(evidence.total.mean(0)[at])
+        assert head.total_effect == pytest.approx(evidence.effect.mean(0)[at])
         assert head.first_token == evidence.repeats.mean("first_token")[at]
         assert head.budget_bos == evidence.repeats.budget()["bos"][at]
     shuffled = np.roll(detected.score, 1)
