@@ -1,10 +1,9 @@
 """Does detection find the induction heads that a foreign compiler built? Models compiled by Tracr from RASP programs.
 
     python -m benchmarks.tracr                          # about 2 minutes on 2 CPU cores; needs no Tracr
-    python -m benchmarks.tracr --only induction-8 copies
+    python -m benchmarks.tracr --only induction-8 copies --out /tmp/some.json
 
-Prints a table and writes every head to outputs/benchmark_tracr/results.json; the committed result is
-benchmarks/results/tracr.json.
+Prints a table and writes every head to benchmarks/results/tracr.json.
 
 1. Compile. benchmarks/tracr/compile.py ran in Tracr's own environment and left the arrays in benchmarks/tracr/compiled,
    with the truth about each head, taken from Tracr's labels and checked by RASP's own interpreter.
@@ -47,6 +46,7 @@ from common.loading import Model, load
 from common.results import files
 
 PROGRAM = "benchmark_tracr"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "tracr.json"
 SEED = 3_000_000
 TOLERANCE = 1e-4  # of attention, and of output, where 1 is a token that is put out
 FIXED = (0.05, 0.1, 0.2, 0.4)  # thresholds on prefix matching, for comparison, with the same effect rule and without
@@ -59,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these programs alone (default: all)")
     parser.add_argument("--compiled", type=Path, default=convert.COMPILED, metavar="DIR", help="what compile.py wrote")
-    parser.add_argument("--out", type=Path, default=Path("outputs") / PROGRAM, metavar="DIR", help="output folder")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="FILE",
+        help="where the results are written (default benchmarks/results/tracr.json)",
+    )  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return cli.run(benchmark, parser.parse_args(argv), PROGRAM)
 
@@ -72,23 +75,23 @@ def benchmark(args: argparse.Namespace) -> None:
     entries = document["programs"]
     if unknown := set(args.only or ()) - {entry["name"] for entry in entries}:
         raise UserError(f"--only {' '.join(sorted(unknown))}: programs.json has no such program")
-    with files.output_folder(args.out) as folder:
-        outcomes = []
-        for entry in entries:
-            if args.only is None or entry["name"] in args.only:
-                outcomes.append(outcome(entry, args.compiled))
-                cli.say(f"{entry['name']}, {time.monotonic() - started:.0f} s")
-        totals = {truth: totals_of(outcomes, truth) for truth in TRUTHS}
-        results = {
-            "command": ["python", "-m", "benchmarks.tracr", *sys.argv[1:]],
-            "versions": document["versions"], "seed": SEED, "tolerance": TOLERANCE,
-            "nats_per_unit_of_output": convert.LOGIT, "wall_seconds": round(time.monotonic() - started, 1),
-            "totals": totals, "programs": outcomes, "files": ["results.json"],
-        }  # fmt: skip
-        files.write_json(folder / "results.json", results)
+    outcomes = []
+    for entry in entries:
+        if args.only is None or entry["name"] in args.only:
+            outcomes.append(outcome(entry, args.compiled))
+            cli.say(f"{entry['name']}, {time.monotonic() - started:.0f} s")
+    totals = {truth: totals_of(outcomes, truth) for truth in TRUTHS}
+    results = {
+        "command": "python -m benchmarks.tracr",
+        "versions": document["versions"], "seed": SEED, "tolerance": TOLERANCE,
+        "nats_per_unit_of_output": convert.LOGIT, "wall_seconds": round(time.monotonic() - started, 1),
+        "totals": totals, "programs": outcomes,
+    }  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(args.out, results)
     print_outcomes(outcomes)
     print_totals(totals)
-    print(f"Every head: {args.out / 'results.json'}")
+    print(f"Written to {args.out}")
 
 
 def outcome(entry: convert.Entry, folder: Path) -> Outcome:
