@@ -8,12 +8,17 @@ On battery rows that detection does not draw, two effects of every head, each wi
    path to the output, all else kept and the final norm recomputed. It shows heads that cover for each other, none of
    which is needed alone (self-repair: McGrath et al. 2023, arXiv 2307.15771).
 
+Of both, what the same change does in the control row is taken off: there the same cells hold the same tokens, and the
+current token did not come before them. A head that copies whatever it sees, by chance also its targets, does as much
+there. It is measured for the heads that the rule would label without it.
+
 The rule: induction where either effect is at least `LEAST` nats and its interval lies above 0; else suppression where
 either is at most `-LEAST` and its interval lies below 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
@@ -86,25 +91,51 @@ class CausalEffects:
 def measure_causal_effects(
     model: Model, *, batch_size: int = 8, seed: int = 0, progress: Progress = silent
 ) -> CausalEffects:
-    """Both effects of every head. Takes a forward pass for every head, less the layers below it.
+    """Both effects of every head. Takes a forward pass for every head, less the layers below it, and one more for every
+    head that has an effect.
 
     Raises UserError for a model whose head outputs do not reach its logits directly: `direct` cannot be measured there.
     """
     length = min(ROW_LENGTH, model.context)
-    drawn = battery(model.ordinary(), model.bos, rows=LABEL_ROWS, length=length, seed=seed, first=LABEL_FROM).repeats
+    pairs = battery(model.ordinary(), model.bos, rows=LABEL_ROWS, length=length, seed=seed, first=LABEL_FROM)
+    drawn, controls = pairs.repeats, pairs.controls
     predictions = Predictions.of(drawn.tokens, continuing(drawn))
     with progress("causal labels, direct effects", LABEL_ROWS) as advance:
         direct = exact_direct_effect(model, drawn, predictions, batch_size=batch_size, advance=advance)
-    runner = Runner(model, drawn.tokens, predictions, batch_size=batch_size)
-    clean, needed = runner.log_probs(None), np.zeros(direct.shape)
-    cells = drawn.cells["prefix_matching"]
-    each = [knockout([Head.at(*place)], cells) for place in np.ndindex(*direct.shape[1:])]
-    with progress("causal labels, heads", len(each)) as advance:
-        for intervention, found in sweep(runner, each, advance=advance):
-            (head,) = intervention.heads
-            needed[:, head.layer, head.head] = mean_per_row(clean - found, predictions.row, LABEL_ROWS)
+    every = [Head.at(*place) for place in np.ndindex(*direct.shape[1:])]
+    with progress("causal labels, heads", len(every)) as advance:
+        needed = _needed(model, drawn, predictions, every, batch_size=batch_size, advance=advance)
     how = f"{LABEL_ROWS} rows of {drawn.tokens.shape[1]} tokens, seed {seed}, at least {LEAST} nats"
-    return CausalEffects(needed, direct, f"causal: attention knockout of the targets, {how}")
+    source = f"causal: attention knockout of the targets, less the same in control rows, {how}"
+    found = CausalEffects(needed, direct, source)
+    if labelled := sorted({*found.heads(+1), *found.heads(-1)}):
+        with progress("causal labels, control rows", len(labelled)) as advance:
+            by_chance = _needed(model, controls, predictions, labelled, batch_size=batch_size, advance=advance)
+        needed -= by_chance
+        layers, heads = ([getattr(head, axis) for head in labelled] for axis in ("layer", "head"))
+        at_once = exact_direct_effect(model, controls, predictions, batch_size=batch_size)
+        direct[:, layers, heads] -= at_once[:, layers, heads]
+    return found
+
+
+def _needed(
+    model: Model,
+    rows: TokenBatch,
+    predictions: Predictions,
+    heads: Sequence[Head],
+    *,
+    batch_size: int,
+    advance: Advance,
+) -> Floats:
+    """What each of `heads` adds to the log-probability of the predicted tokens by its target cells, [rows, layers,
+    heads] in nats; 0 for the other heads. On control rows these are still the tokens that the repeat would bring."""
+    runner = Runner(model, rows.tokens, predictions, batch_size=batch_size)
+    clean, needed = runner.log_probs(None), np.zeros((len(rows.tokens), model.n_layers, model.n_heads))
+    each = [knockout([head], rows.cells["prefix_matching"]) for head in heads]
+    for intervention, found in sweep(runner, each, advance=advance):
+        (head,) = intervention.heads
+        needed[:, head.layer, head.head] = mean_per_row(clean - found, predictions.row, len(rows.tokens))
+    return needed
 
 
 def exact_direct_effect(

@@ -21,6 +21,7 @@ from common.interventions.edits import knockout
 from common.interventions.runner import Predictions
 from common.loading import load
 from tests import architectures
+from tests.handbuilt import COPY, Role
 from tests.oracle import ARCHITECTURES, traces
 
 
@@ -212,6 +213,24 @@ def test_causal_labels_are_what_was_built(hand_built, seed):
     found = measure_causal_effects(model)
     assert {head.place for head in found.labels().heads} == set(built.heads("induction"))
     assert {head.place for head in found.heads(-1)} == set(built.heads("suppression"))
+
+
+def test_a_head_that_copies_whatever_it_sees_is_no_induction_head(hand_built):
+    """It copies the right token too, by chance: as much in rows where nothing repeats, and that is taken off."""
+    roles = {
+        (0, 0): Role("previous-token", slot=0),
+        (0, 1): Role("uniform", writing=COPY),
+        (1, 0): Role("induction", strength=0.5, slot=0, writing=COPY),
+        (1, 1): Role("uniform"),
+    }
+    _, model = hand_built(roles)
+    found = measure_causal_effects(model)
+    assert found.labels().heads == {Head.at(1, 0)}
+    assert found.direct.mean(0)[0, 1] == pytest.approx(0.0, abs=0.01)
+    batch = causal_labels.battery(model.ordinary(), model.bos, rows=32, length=128, seed=0, first=1_000_000).repeats
+    alone = exact_direct_effect(model, batch, predictions_of(batch)).mean(0)
+    assert alone[0, 1] > 0.05, "without its control it would be one"
+    assert found.direct.mean(0)[1, 0] == pytest.approx(alone[1, 0], abs=0.01)
 
 
 def test_shipped_labels_are_those_that_are_measured(mini):
