@@ -123,7 +123,7 @@ def test_a_heads_own_prefix_matching_is_the_score_of_it(loaded, oracles, name, b
     """Rows that say a thing twice, three times, and never: one query may have several targets, or none."""
     thrice, never = np.array([0, *[5, 6, 7] * 4]), np.arange(13)
     twice = np.array([0, 9, 8, 7, 6, 5, 4, 9, 8, 7, 6, 5, 4])
-    batch = TokenBatch.of([twice, never, thrice], pad=0)  # run two rows at a time: row 2 is the first of its run
+    batch = TokenBatch.of([twice, never, thrice, twice], pad=0)  # run two rows at a time
     edited, cells = [Head.at(0, 1), Head.at(0, 2)], batch.cells["prefix_matching"]
     flat = of(edited, lambda layer, head, row, p: p.tril().sign() / (torch.arange(len(p))[:, None] + 1))
     changes = Changes(pattern=flat) if below else Changes()
@@ -131,7 +131,7 @@ def test_a_heads_own_prefix_matching_is_the_score_of_it(loaded, oracles, name, b
     metrics = effects.RowMetrics(loaded[name], batch, batch_size=2)
     for head in (Head.at(0, 1), Head.at(2, 3)):
         own = metrics.prefix_matching(head, uniform(edited) if below else None)
-        for row in (0, 2):
+        for row in (0, 2, 3):
             pattern = changes.seen["pattern", head.layer, head.head, row]
             at = [(query, key) for r, query, key in zip(cells.row, cells.query, cells.key, strict=True) if r == row]
             paid = sum(pattern[query, key].item() for query, key in at)
