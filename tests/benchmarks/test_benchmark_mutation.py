@@ -1,7 +1,8 @@
-"""The benchmark that changes the code: which changes it makes, and that a child sees them."""
+"""The benchmark that changes the code: which changes it makes, that a child sees them, and what its last run says."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -50,3 +51,16 @@ def test_what_a_test_notices_is_killed_what_none_does_survives_and_what_hangs_is
     command = [sys.executable, "-c", CHILDREN, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["survived", "survived", "killed", "timed out"]
+
+
+def test_in_the_last_run_nine_in_ten_were_killed_each_survivor_has_a_reason_and_the_readme_says_how_many():
+    last = json.loads((ROOT / "benchmarks" / "results" / "mutation.json").read_text(encoding="utf-8"))
+    names = ("heads.tokens", "heads.scores", "heads.statistics", "heads.detection", "interventions.effects")
+    assert set(last) == {f"common.{name}" for name in names}
+    for module, found in last.items():
+        assert found["mutants"] == found["killed"] + len(found["survivors"]) > 40
+        assert found["killed_percent"] == round(100 * found["killed"] / found["mutants"], 1) >= 90, module
+        assert [one["change"] for one in found["survivors"] if not one["reason"]] == [], module
+    killed, mutants = (sum(found[key] for found in last.values()) for key in ("killed", "mutants"))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"for {killed} of {mutants} changes a test fails" in readme

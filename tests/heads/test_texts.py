@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from common.heads.detection import attend
 from common.heads.scores import patterns
 from common.heads.statistics import RowSums
-from common.heads.texts import CONTROL_ROWS, score_text
+from common.heads.texts import score_text
 from common.heads.tokens import TokenBatch, with_controls
 from tests.handbuilt import COPY, Role
 from tests.heads.test_tokens import cells_of
@@ -101,7 +101,7 @@ def test_the_null_is_read_at_the_same_cells(model):
     found = scored(model, *tokens[1:])
     cells = [(5, 2), (6, 3), (7, 4)]
     batch = TokenBatch.of([tokens], pad=model.bos)
-    controls = with_controls(batch, model.ordinary(), rows=CONTROL_ROWS, seed=0)[1]
+    controls = with_controls(batch, model.ordinary(), rows=32, seed=0)[1]
     for place in ROLES:
         paid = [patterns(model, row, [place])[0] for row in (tokens, *controls.tokens)]
         score, *null = [np.mean([pattern[cell] for cell in cells]) for pattern in paid]

@@ -123,7 +123,7 @@ def test_a_heads_own_prefix_matching_is_the_score_of_it(loaded, oracles, name, b
     """Rows that say a thing twice, three times, and never: one query may have several targets, or none."""
     thrice, never = np.array([0, *[5, 6, 7] * 4]), np.arange(13)
     twice = np.array([0, 9, 8, 7, 6, 5, 4, 9, 8, 7, 6, 5, 4])
-    batch = TokenBatch.of([twice, never, thrice], pad=0)  # run two rows at a time: row 2 is the first of its run
+    batch = TokenBatch.of([twice, never, thrice, twice], pad=0)  # run two rows at a time
     edited, cells = [Head.at(0, 1), Head.at(0, 2)], batch.cells["prefix_matching"]
     flat = of(edited, lambda layer, head, row, p: p.tril().sign() / (torch.arange(len(p))[:, None] + 1))
     changes = Changes(pattern=flat) if below else Changes()
@@ -131,7 +131,7 @@ def test_a_heads_own_prefix_matching_is_the_score_of_it(loaded, oracles, name, b
     metrics = effects.RowMetrics(loaded[name], batch, batch_size=2)
     for head in (Head.at(0, 1), Head.at(2, 3)):
         own = metrics.prefix_matching(head, uniform(edited) if below else None)
-        for row in (0, 2):
+        for row in (0, 2, 3):
             pattern = changes.seen["pattern", head.layer, head.head, row]
             at = [(query, key) for r, query, key in zip(cells.row, cells.query, cells.key, strict=True) if r == row]
             paid = sum(pattern[query, key].item() for query, key in at)
@@ -243,6 +243,8 @@ def test_twenty_draws_that_several_sets_share_are_measured_once(random_gpt2, dra
     assert sum(ticks) == len(set(map(tuple, measured[1:]))) == len(measured) - 1 == 3 + 2 + 1
     asked = effects.with_their_controls([two[:1], two[1:], two], 4, count=effects.CONTROLS, avoid=two, seed=0)
     assert asked == {tuple(heads) for heads in measured[1:]}
+    ((cut,),) = effects.effects_with_controls(metrics, "zero", [two[:1]], zero, controls=1, avoid=two)
+    assert (cut["control"]["draws"], cut["control"]["exhaustive"]) == (1, False)
     wide = effects.layer_matched(two, 32, count=effects.CONTROLS, seed=0)
     assert len(set(wide)) == 20 < effects.matched_sets(two, 32)
 
