@@ -32,7 +32,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
 BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 RUNS = {
     "run_induction": "python induction_head_detection.py --model mini",
-    "run_circuits": "python qk_circuit_analysis.py --model mini",
+    "run_circuits": "python qk_circuit_analysis.py --model mini --interventions",
     "run_example": (
         'python qk_circuit_analysis.py --model mini --text "Lily saw a big red bird and Lily saw a big red cat"'
         " --no-interventions --no-plots --out outputs/example"

@@ -1,5 +1,4 @@
-"""README.md and docs/evidence.md say what was measured: a number in them comes from a committed result, or is a constant
-of the code."""
+"""README.md and docs/evidence.md say what was measured: each number comes from a committed result or is a constant."""
 
 from __future__ import annotations
 
