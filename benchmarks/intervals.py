@@ -101,7 +101,7 @@ def intervals(samples: Floats, rng: np.random.Generator) -> dict[str, Ends]:
     resampling = [bootstraps(part, rng) for part in np.array_split(samples, max(1, len(samples) // AT_ONCE))]
     ends = {name: _joined([part[name] for part in resampling]) for name in resampling[0]}
     counts = rng.integers(21, 51, samples.shape)
-    ratio = [RowSums(of * n, of**2 * n, n).interval() for of, n in zip(samples, counts, strict=True)]
+    ratio = [RowSums(of * n, n).interval() for of, n in zip(samples, counts, strict=True)]
     return {
         "skew-t": interval_over_rows(samples.T),
         "ratio": (np.array([low for low, _ in ratio]), np.array([high for _, high in ratio])),

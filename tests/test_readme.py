@@ -86,10 +86,9 @@ def test_a_page_with_a_measured_number_outside_of_a_block_is_noticed():
 
 def test_a_table_that_parts_from_the_results_is_noticed():
     text = readme.PAGES[1].read_text(encoding="utf-8")
-    table = next(block[0] for block in readme.BLOCK.finditer(text) if block[2] == "detection")
-    changed = table.replace("1.00", "0.99")
-    assert changed != table
-    assert readme.filled(text.replace(table, changed)) == text
+    (table,) = (block[0] for block in readme.BLOCK.finditer(text) if block[2] == "detection")
+    changed = text.replace(table, table.replace("1.00", "0.99"))
+    assert changed != text and readme.filled(changed) == text
 
 
 def close(shown: str, now: str) -> bool:
@@ -105,10 +104,9 @@ def test_the_example_of_the_readme_prints_what_is_shown(tmp_path):
     arguments[arguments.index("--out") + 1] = str(tmp_path / "out")
     with contextlib.redirect_stdout(io.StringIO()) as output:
         assert qk_circuit_analysis.main(arguments) == 0
-    shown = readme.read("runs")[command]
-    part = slice(0, shown.index("Written to"))
-    assert close(shown[part], output.getvalue().strip("\n")[part]), "python -m benchmarks.readme --runs"
-    assert not close(shown[part].replace("embed", "mlp0"), output.getvalue()[part])
+    shown, now = (text.partition("Written to")[0] for text in (readme.read("runs")[command], output.getvalue()))
+    assert close(shown, now), "python -m benchmarks.readme --runs"
+    assert not close(shown.replace("embed", "mlp0"), now)
 
 
 def test_the_commands_of_the_readme_exist():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LOT = 32  # battery rows with a repeat, and as many controls
 MOST_ROWS = 64  # a head whose score lies on its threshold would ask for more rows without end
-EFFECT_ROWS = 8  # of each lot: the effects need a backward pass, and settle sooner
+EFFECT_ROWS = 16  # of each lot: the effects need a backward pass
 SURE = 0.95
 
 
@@ -96,7 +96,7 @@ def survey(
     while state is None or not (state.settled or state.rows >= MOST_ROWS):
         first = state.rows if state else 0
         lot = battery(model.ordinary(), model.bos, rows=LOT, length=length, seed=seed, first=first)
-        lots.append(lot.repeats.rows(0, EFFECT_ROWS))
+        lots.append(for_effects(lot.repeats))
         with progress(f"scoring heads, rows {first + 1} to {first + LOT}", steps) as advance:
             evidence = gather_evidence(model, lot, batch_size=batch_size, advance=advance, no_direct_path=reason)
         evidence = state.evidence + evidence if state else evidence
@@ -123,10 +123,24 @@ def gather_evidence(
     """The evidence of one lot of rows; `advance` is told how many rows each pass has finished."""
     repeats = score(model, drawn.repeats, batch_size=batch_size, advance=advance)
     controls = score(model, drawn.controls, batch_size=batch_size, advance=advance)
-    found = attribute(model, drawn.repeats.rows(0, EFFECT_ROWS), batch_size=batch_size, advance=advance)
+    found = attribute(model, for_effects(drawn.repeats), batch_size=batch_size, advance=advance)
     # No verdict needs the direct effect, so its absence stops nothing.
     direct = np.full_like(found.direct, np.nan) if no_direct_path else found.direct
     return Evidence(repeats, controls, found.total, direct, no_direct_path)
+
+
+def for_effects(repeats: TokenBatch) -> TokenBatch:
+    """`EFFECT_ROWS` of the rows, or all if they are fewer, from the nearest repeat to the farthest in equal steps.
+
+    Some heads act at short distances alone. On SmolLM2-135M the first eight rows of the battery have distances of 45 to
+    86 tokens, and two heads whose attention knockout costs 0.1 and 0.4 nats had no effect on them.
+    """
+    cells = repeats.cells["prefix_matching"]
+    row, first = np.unique(cells.row, return_index=True)
+    nearest = row[np.argsort((cells.query - cells.key)[first], kind="stable")]
+    count = min(EFFECT_ROWS, len(nearest))
+    chosen = nearest[((np.arange(count) + 0.5) * len(nearest) / count).astype(np.int64)]
+    return TokenBatch.of([repeats.tokens[row, : repeats.lengths[row]] for row in chosen], pad=int(repeats.tokens[0, 0]))
 
 
 def copying(model: Model, surveyed: Survey) -> Floats:

@@ -10,7 +10,6 @@ from scipy import stats
 
 from benchmarks import intervals as benchmark
 from common.heads import statistics
-from tests.conftest import ROOT
 
 METHODS = ("skew-t", "t", "BCa", "percentile")  # the columns of the README's table
 ROWS = (5, 8, 16, 32)
@@ -50,15 +49,6 @@ def table(text: str, first: str) -> list[list[str]]:
     start = next(place for place, line in enumerate(lines) if line.startswith(first)) + 2
     end = next(place for place in range(start, len(lines)) if not lines[place].startswith("|"))
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
-
-
-def test_the_readme_says_what_was_measured(committed):
-    shown = table((ROOT / "README.md").read_text(encoding="utf-8"), "| data | ours")
-    assert len(shown) >= 6
-    for data, *columns, width in shown:
-        for method, cells in zip(METHODS, columns, strict=True):
-            assert cells == ", ".join(f"{100 * committed[data, n][method]['coverage']:.1f}" for n in ROWS)
-        assert width == ", ".join(f"{committed[data, 8][method]['width']:.2f}" for method in ("skew-t", "t"))
 
 
 def test_the_docstring_says_what_was_measured(committed):

@@ -74,7 +74,7 @@ def test_time_and_peak_are_those_of_the_run():
 
     wall, cpu, at_peak, found = benchmark.timed_run(work, np.zeros((1, 1)), "cpu")
     _, _, at_rest, _ = benchmark.timed_run(lambda tokens: None, np.zeros((1, 1)), "cpu")
-    assert wall > 0.2 > wall - cpu - 0.19
+    assert wall >= 0.2 and wall >= cpu, "it slept, which takes time and no CPU"
     assert at_peak - at_rest > 200 * benchmark.MEBIBYTE
     assert found is None
 

@@ -12,7 +12,7 @@ import pytest
 from common.heads import attribution, scores
 from common.heads.detection import detect
 from common.heads.statistics import RowSums
-from common.heads.survey import Survey, gather_evidence, survey
+from common.heads.survey import Survey, for_effects, gather_evidence, survey
 from common.heads.tokens import Battery, TokenBatch, battery
 from tests.handbuilt import COPY, ON_TARGETS, Role
 
@@ -64,7 +64,7 @@ def test_a_survey_is_settled_where_the_least_sure_verdict_is_sure_enough():
 
 @pytest.mark.parametrize(("settled", "rows"), [(True, 32), (False, 64)])
 def test_a_settled_survey_stops_and_an_unsettled_one_draws_more(random_gpt2, monkeypatch, settled, rows):
-    """Of each lot of 32 rows, effects are measured on 8."""
+    """Of each lot of 32 rows, effects are measured on 16."""
     monkeypatch.setattr(Survey, "settled", property(lambda state: settled))
     told = []
 
@@ -76,11 +76,11 @@ def test_a_settled_survey_stops_and_an_unsettled_one_draws_more(random_gpt2, mon
     found = survey(random_gpt2, seed=0, batch_size=32, length=12, progress=progress)
     assert (found.rows, found.length) == (rows, 12)
     assert len(found.evidence.repeats.sums["prefix_matching"].counts) == rows
-    assert len(found.evidence.total) == len(found.evidence.direct) == rows // 4
+    assert len(found.evidence.total) == len(found.evidence.direct) == rows // 2
     assert [one for one in told if isinstance(one, tuple)] == [
-        ("scoring heads, rows 1 to 32", 72), ("scoring heads, rows 33 to 64", 72),
+        ("scoring heads, rows 1 to 32", 80), ("scoring heads, rows 33 to 64", 80),
     ][: rows // 32]  # fmt: skip
-    assert sum(one for one in told if isinstance(one, int)) == 72 * rows // 32
+    assert sum(one for one in told if isinstance(one, int)) == 80 * rows // 32
 
 
 def test_rows_have_128_tokens_or_as_many_as_the_model_reads(mini, random_gpt2, monkeypatch):
@@ -205,3 +205,15 @@ def test_what_has_no_effect_to_first_order_is_measured_exactly_before_it_is_call
     assert found.found.verdict[1].tolist() == ["induction", "attends-only"]
     assert found.evidence.effect.mean(0)[1, 0] == pytest.approx(3.6, abs=0.1)
     assert np.isnan(found.evidence.exact[:, 0]).all() and (found.evidence.effect[:, 0] == 0).all()
+
+
+def test_effects_are_measured_on_rows_from_the_nearest_repeat_to_the_farthest(random_gpt2):
+    """Of rows with distances 1 to 32, every second: 2, 4, 6 and so on, whatever the order they were drawn in."""
+    distances = np.random.default_rng(0).permutation(np.arange(2, 34))
+    rows = [np.array([random_gpt2.bos, 40, 41, *range(42, 40 + distance), 40, 41]) for distance in distances]
+    chosen = for_effects(TokenBatch.of(rows, pad=random_gpt2.bos))
+    cells = chosen.cells["prefix_matching"]
+    found = [int((cells.query - cells.key + 1)[cells.row == row][0]) for row in range(len(chosen.tokens))]
+    assert found == list(range(3, 34, 2))
+    few = for_effects(TokenBatch.of(rows[:3], pad=random_gpt2.bos))
+    assert len(few.tokens) == 3

@@ -145,8 +145,8 @@ def test_a_repr_of_much_is_cut():
         def summary(self):
             yield from ("word " * 100 for _ in range(100))
 
-    fits_a_screen(Much(0, 0, *[0.0] * 22))
-    assert repr(Much(0, 0, *[0.0] * 22)).endswith("…")
+    fits_a_screen(Much(0, 0, *[0.0] * 23))
+    assert repr(Much(0, 0, *[0.0] * 23)).endswith("…")
 
 
 def test_without_texts_the_heads_alone(random_gpt2):
