@@ -17,6 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -92,7 +93,8 @@ def of(found: Sequence[float]) -> str:
 
 def run(name: str) -> str:
     command = RUNS[name]
-    return f"`{command}` prints\n\n```\n{read('runs')[command]}\n```"
+    lines = [part for line in read("runs")[command].splitlines() for part in textwrap.wrap(line, 110) or [""]]
+    return f"`{command}` prints\n\n```\n" + "\n".join(lines) + "\n```"
 
 
 # --- who is right ---

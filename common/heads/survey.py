@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LOT = 32  # battery rows with a repeat, and as many controls
 MOST_ROWS = 64  # a head whose score lies on its threshold would ask for more rows without end
 EFFECT_ROWS = 16  # of each lot: the effects need a backward pass
-SURE = 0.95
+SURE = 0.95  # the level of every interval
 
 
 @dataclass(frozen=True)
