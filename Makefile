@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 run: $(VENV)/run.done
 	$(BIN)/python induction_head_detection.py $(ARGS)
 
+# A worker per core, with one thread each: workers that all take every core wait for each other.
 test: $(VENV)/dev.done browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # The tests of report.html drive a real Chromium. Where it is missing and cannot be installed, they are skipped.
 browser:
