@@ -35,10 +35,11 @@ from scipy.special import stdtrit
 from benchmarks.detection import RESULTS, WEAKEST, WORDS, Agreement, hand_built, mean
 from common import cli
 from common.heads import detection
-from common.heads.attribution import attribute
+from common.heads.attribution import attribute, exact_effect
 from common.heads.detection import Detection, detect
 from common.heads.scores import score
 from common.heads.statistics import Floats, RowSums
+from common.heads.survey import EFFECT_ROWS, LOT, for_effects, notable
 from common.heads.tokens import battery
 from common.interventions.causal_labels import measure_causal_effects
 from common.loading import Model, load
@@ -48,7 +49,7 @@ from tests import handbuilt
 
 PROGRAM = "benchmark_calibration"
 FIRST_SEED = 3_000_000
-ROWS, EFFECT_ROWS = 64, 16  # measured; the grids take the first so many of them
+ROWS = 64  # measured; the grids take the first so many of them, and effects on as many of the first lot as is said
 LENGTH = 128
 WEAK = 0.05  # attention of the heads whose recall is shown by themselves
 
@@ -86,7 +87,8 @@ class Measured:
             {kind: RowSums(sums.sums[:rows], sums.counts[:rows]) for kind, sums in sides.items()}
             for sides in (self.repeats, self.controls)
         )
-        return replace(self, repeats=repeats, controls=controls, total=self.total[:effect_rows])
+        # They stand from the nearest repeat to the farthest: fewer of them in equal steps, too.
+        return replace(self, repeats=repeats, controls=controls, total=self.total[:: len(self.total) // effect_rows])
 
     def decide(self) -> Detection:
         return detect(self.repeats, self.controls, self.total)
@@ -112,7 +114,7 @@ def calibrate(args: argparse.Namespace) -> None:
     started = time.monotonic()
     planted, trained = list(planted_models(args.models)), list(trained_models(args.model or []))
     cli.say(f"measured {len(planted) + len(trained)} models, {time.monotonic() - started:.0f} s")
-    usual = [one.first(32, 8) for one in planted]
+    usual = [one.first(LOT, EFFECT_ROWS) for one in planted]
     results: dict[str, Any] = {
         "command": "python -m benchmarks.calibration",
         "arguments": {"models": args.models, "model": [Path(name).name for name in args.model or []]},
@@ -120,7 +122,7 @@ def calibrate(args: argparse.Namespace) -> None:
         "in_use": {name: getattr(detection, name) for name in GRIDS},
         "constants": {name: [at_value(name, value, usual) for value in grid] for name, grid in GRIDS.items()},
         "without_spread": [without_spread(lift, usual) for lift in GRIDS["LEAST_LIFT"]],
-        "rows": [at_rows(rows, effects, planted) for rows, effects in ((4, 2), (8, 4), (16, 8), (32, 8), (64, 16))],
+        "rows": [at_rows(rows, effects, planted) for rows, effects in ((4, 2), (8, 4), (16, 8), (32, 16), (64, 16))],
         "trained": [sizes_of_effects(one) for one in trained],
         "null": [null_rate(law) for law in LAWS],
         "wall_seconds": round(time.monotonic() - started, 1),
@@ -163,10 +165,17 @@ def trained_models(folders: Sequence[str]) -> Iterator[Measured]:
 
 
 def evidence(model: Model, name: str) -> Measured:
-    """Scores on `ROWS` rows and as many controls, effects on `EFFECT_ROWS` of them."""
+    """Scores on `ROWS` rows and as many controls, effects on `EFFECT_ROWS` of the first lot, as the survey does it:
+    to first order, and exact for heads that attend notably."""
     drawn = battery(model.ordinary(), model.bos, rows=ROWS, length=min(LENGTH, model.context), seed=FIRST_SEED)
     repeats, controls = (score(model, rows, batch_size=8).sums for rows in (drawn.repeats, drawn.controls))
-    return Measured(name, repeats, controls, attribute(model, drawn.repeats.rows(0, EFFECT_ROWS), batch_size=8).total)
+    rows = for_effects(drawn.repeats.rows(0, LOT))
+    total = attribute(model, rows, batch_size=8).total
+    found = Measured(name, repeats, controls, total)
+    heads = notable(found.first(LOT, EFFECT_ROWS).decide())
+    for head, values in zip(heads, exact_effect(model, rows, heads, batch_size=8).T, strict=True):
+        total[:, head.layer, head.head] = values
+    return found
 
 
 # --- one constant at a time ---

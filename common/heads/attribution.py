@@ -8,8 +8,8 @@ predicts, its logit is taken above the mean logit of all tokens.
    targets. To first order (attribution patching: Nanda 2023; Syed et al. 2023, arXiv 2310.10348): the gradient of the
    logit at the head's output times what its output owes to the targets. As sum dL/dP * dP = sum dL/dO * (dP V), one
    forward and one backward pass measure all heads, and no pattern is kept. Behind a saturated softmax or a steep MLP a
-   gradient is 0 and says nothing of a large change; so a head that attends and has no effect to first order is measured
-   exactly: a forward pass with its attention to the targets knocked out.
+   gradient says nothing of a large change; so the effect of a head that attends notably is measured exactly: a forward
+   pass with its attention to the targets knocked out.
 2. Direct effect, from the same pass: the part of it that goes straight into the last residual stream, through the final
    norm with its scale frozen (direct logit attribution: Elhage et al. 2021; Wang et al. 2022, arXiv 2211.00593). Heads
    that act through later heads have a total effect and no direct one.

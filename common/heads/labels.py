@@ -11,7 +11,7 @@ causal          a change made at the head's attention to its targets alone, and 
 ablation        the heads were switched off, together or alone, and what the model lost was measured
 path patching   activations were replaced along the paths between heads, in one task
 attention       where the heads look on repeated tokens: says nothing of what they do, so it is compared with the heads
-                that attend to their targets, whatever their effect, never with the verdict `induction`, which needs one
+                that attend to their targets, never with the verdict `induction`, which needs an effect
 unknown         a file that does not say
 
 Two more keys are optional. `uncertain_heads`: heads that the source names with less support; they count neither way.
@@ -121,7 +121,7 @@ def choose_labels(
     if not known and wanted:
         raise UserError(
             f"no labels were published for the weights of {model.name} (there are sets named {_names()}, and --labels "
-            "NAME compares with one all the same); try --labels causal"
+            "NAME takes one for another model of its shape); try --labels causal"
         )
     if others := ", ".join(f"--labels {path.stem}" for path in known[1:]):
         say(f"labels: {known[0].stem}, the published set that labels every head; there are also {others}")
@@ -157,7 +157,7 @@ def _hashes(content: dict[str, Any]) -> tuple[str, ...]:
 
 def _say_of_other_weights(path: Path, model: Model, say: Callable[[str], None]) -> None:
     """Say it where a published set is asked for by name on weights that it is not known to be for."""
-    if path.parent == PUBLISHED:
+    if path.resolve().parent == PUBLISHED:
         content = json.loads(path.read_text(encoding="utf-8"))
         if _hashes(content) != model.weights:
             say(f"labels {path.stem} were published for {content['model']['name']}; whether these are its weights is "
@@ -166,8 +166,8 @@ def _say_of_other_weights(path: Path, model: Model, say: Callable[[str], None]) 
 
 def read_labels(path: Path, n_layers: int, n_heads: int) -> Labels:
     """Labels from a JSON file. Raises UserError if the file is missing, is not valid JSON, has no list
-    "induction_heads", has a `kind` that is none of `KINDS`, or names a head that does not exist in a model of
-    `n_layers` layers with `n_heads` heads each."""
+    "induction_heads", has a `kind` that is none of `KINDS`, could prove nothing wrong, or names a head that does not
+    exist in a model of `n_layers` layers with `n_heads` heads each."""
     content = _content(path)
     kind = content.get("kind", UNKNOWN)
     if not isinstance(kind, str) or kind not in KINDS:
@@ -176,9 +176,16 @@ def read_labels(path: Path, n_layers: int, n_heads: int) -> Labels:
         key: _named_heads(path, content.get(key, []), n_layers, n_heads)
         for key in ("induction_heads", "uncertain_heads")
     }
+    complete = content.get("complete", True)
+    if not isinstance(complete, bool):
+        raise UserError(f'labels {path}: "complete" is {complete!r}; write true or false, without quotes')
+    if not complete and not named["induction_heads"]:
+        raise UserError(f'labels {path}: no head is named and "complete" is false, so they say nothing: name one')
+    if len(named["uncertain_heads"] | named["induction_heads"]) == n_layers * n_heads != len(named["induction_heads"]):
+        raise UserError(f"labels {path}: every head that is no induction head is uncertain, so nothing can be wrong")
     return Labels(
         named["induction_heads"], str(content.get("source", path)), kind, str(content.get("measured", "")),
-        named["uncertain_heads"] - named["induction_heads"], bool(content.get("complete", True)),
+        named["uncertain_heads"] - named["induction_heads"], complete,
     )  # fmt: skip
 
 

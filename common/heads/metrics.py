@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 HeadMask = NDArray[np.bool_]  # [layers, heads]
 INDUCTION = "induction heads"
-ATTENDING = "heads that attend to their targets, whatever their effect"
+ATTENDING = "heads that attend to their targets, with an effect or notably without one"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Survey a model: draw battery rows, score every head, give a verdict on each.
 
 Rows come in lots of `LOT`. After each lot every verdict has a confidence (common/heads/detection.py). Rows are added
-until every verdict's confidence reaches `SURE`, or until there are `MOST_ROWS`. No head is called `attends-only`
-because its effect is 0 to first order: before that it is measured exactly (common/heads/attribution.py).
+until every verdict's confidence reaches `SURE`, or until there are `MOST_ROWS`. Effects are estimated to first order,
+which is for small changes: of a head that attends notably the effect is measured exactly (common/heads/attribution.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from common.attention.batches import Advance, Progress, silent
 from common.attention.head import Head
 from common.heads.attribution import attribute, exact_effect, ov_copying, why_no_direct_path
-from common.heads.detection import Detection, detect
+from common.heads.detection import NOTABLE, Detection, detect
 from common.heads.scores import HeadScores, score
 from common.heads.statistics import Floats
 from common.heads.tokens import ROW_LENGTH, Battery, TokenBatch, battery
@@ -106,15 +106,23 @@ def survey(
 
 
 def _exact(model: Model, lots: Sequence[TokenBatch], found: Detection, batch_size: int) -> Floats:
-    """The exact total effect of the heads that are `found` to attend to no effect, on the rows in `lots`, [effect rows,
+    """The exact total effect of the heads that are `found` to attend notably, on the rows in `lots`, [effect rows,
     layers, heads]; NaN for all others."""
-    idle = [Head.at(*place) for place in np.argwhere(found.verdict == "attends-only")]
+    heads = notable(found)
     exact = np.full((EFFECT_ROWS * len(lots), *found.score.shape), np.nan)
-    for number, rows in enumerate(lots if idle else []):
-        measured = exact_effect(model, rows, idle, batch_size=batch_size)
-        for head, values in zip(idle, measured.T, strict=True):
+    for number, rows in enumerate(lots if heads else []):
+        measured = exact_effect(model, rows, heads, batch_size=batch_size)
+        for head, values in zip(heads, measured.T, strict=True):
             exact[number * EFFECT_ROWS : (number + 1) * EFFECT_ROWS, head.layer, head.head] = values
     return exact
+
+
+def notable(found: Detection) -> list[Head]:
+    """The heads that reach their threshold and score `NOTABLE` or more above their null."""
+    return [
+        Head.at(*place)
+        for place in np.argwhere((found.score >= found.threshold) & (found.score >= found.control + NOTABLE))
+    ]
 
 
 def gather_evidence(

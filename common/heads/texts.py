@@ -2,8 +2,10 @@
 
 1. The score is prefix matching on the text. Its null is what the head pays to the same cells of `CONTROL_ROWS` control
    rows: the text with every token that repeats drawn afresh.
-2. The threshold follows the rule of common/heads/detection.py, with one row against `CONTROL_ROWS`. The fewer queries a
-   row has, the more its null spreads, and the higher a head must score to pass.
+2. The threshold lies `LEAST_LIFT` above the highest score on a control text. A head that ignores the repeat scores like
+   one more control text, so it passes in at most one text of `CONTROL_ROWS` + 1, whatever law its scores follow: those
+   of a short text are far from normal, and a bound by Student's t would be wrong on either side.
+   Where the highest control leaves no room below 1, the text decides nothing about that head.
 3. A score on one text has no interval. Its queries share their tokens, so they are no independent draws, and there is
    one text. What can be said is how it lies to the control texts, and the threshold says it.
 """
@@ -13,7 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.heads.detection import Attention, attend
+import numpy as np
+
+from common.heads.detection import LEAST_LIFT, Attention
 from common.heads.scores import HeadScores, score
 from common.heads.statistics import Floats, Ints, divided
 from common.heads.tokens import TokenBatch, with_controls
@@ -54,6 +58,8 @@ def score_text(model: Model, tokens: Ints, *, seed: int, batch_size: int, thresh
         paid, null = (
             score(model, rows, batch_size=batch_size).sums["prefix_matching"] for rows in (compared, controls)
         )
-        attention, highest = attend(paid, null, threshold=threshold), divided(null.sums, null.counts).max(0)
+        highest = divided(null.sums, null.counts).max(0)
+        limit = highest + LEAST_LIFT if threshold is None else np.full_like(highest, threshold)
+        attention = Attention(paid.mean(), null.mean(), limit)
     pairs = list(zip(cells.query.tolist(), cells.key.tolist(), strict=True))
     return TextScores(score(model, batch, batch_size=1), len(cells.queries()[0]), attention, highest, pairs)

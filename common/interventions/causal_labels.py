@@ -1,16 +1,17 @@
-"""Causal labels: what a head's attention to its targets does to the loss at repeats. Never reads an attention score.
+"""Causal labels: what a head's attention to its targets does to the prediction of repeats. Reads no attention score.
 
 On battery rows that detection does not draw, two effects of every head, each with its 95 % interval over rows:
 
-1. needed: the rise of the loss at repeats under attention knockout of the head's target cells (the rest of the head
-   stays: taking the whole head away would indict previous-token heads too);
+1. needed: what attention knockout of the head's target cells takes from the correct token's logit, above the mean
+   logit, at repeats (the rest of the head stays: taking the whole head away would indict previous-token heads too);
 2. direct: what the same change of this head takes from the correct token's logit, above the mean logit, on the direct
    path to the output, all else kept and the final norm recomputed. It shows heads that cover for each other, none of
    which is needed alone (self-repair: McGrath et al. 2023, arXiv 2307.15771).
 
 Of both, what the same change does in the control row is taken off: there the same cells hold the same tokens, and the
 current token did not come before them. A head that copies whatever it sees, by chance also its targets, does as much
-there. It is measured for the heads that the rule would label without it.
+there. Logits are compared, not losses: what a logit does to the loss hangs on the other tokens, which compete
+differently in the two rows, and a difference of losses would call such a head induction or suppression.
 
 The rule: induction where either effect is at least `LEAST` nats and its interval lies above 0; else suppression where
 either is at most `-LEAST` and its interval lies below 0.
@@ -35,7 +36,7 @@ from common.heads.statistics import Floats, Ints, interval_over_rows, mean_per_r
 from common.heads.tokens import ROW_LENGTH, TokenBatch, battery, continuing
 from common.interventions.edits import knockout
 from common.interventions.effects import names
-from common.interventions.runner import Predictions, Runner, sweep
+from common.interventions.runner import Predictions, Runner
 from common.loading.families import unembedding_weights
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
 LEAST = 0.05  # nats; the size that counts as an effect in the project's facts on SmolLM2-135M
 LABEL_ROWS = 32
 MEASURED = (
-    "the rise of the loss at repeats under attention knockout of the head's targets, and what they add to the correct "
-    "token's logit directly"
+    "what attention knockout of the head's targets takes from the correct token's logit, and what they add to it "
+    "directly"
 )
 LABEL_FROM = 1_000_000  # detection draws rows from 0 on, from the same seed
 
@@ -91,8 +92,7 @@ class CausalEffects:
 def measure_causal_effects(
     model: Model, *, batch_size: int = 8, seed: int = 0, progress: Progress = silent
 ) -> CausalEffects:
-    """Both effects of every head. Takes a forward pass for every head, less the layers below it, and one more for every
-    head that has an effect.
+    """Both effects of every head. Takes two forward passes for every head, less the layers below it.
 
     Raises UserError for a model whose head outputs do not reach its logits directly: `direct` cannot be measured there.
     """
@@ -105,17 +105,13 @@ def measure_causal_effects(
     every = [Head.at(*place) for place in np.ndindex(*direct.shape[1:])]
     with progress("causal labels, heads", len(every)) as advance:
         needed = _needed(model, drawn, predictions, every, batch_size=batch_size, advance=advance)
+    with progress("causal labels, control rows", len(every)) as advance:
+        needed -= _needed(model, controls, predictions, every, batch_size=batch_size, advance=advance)
+    direct -= exact_direct_effect(model, controls, predictions, batch_size=batch_size)
     how = f"{LABEL_ROWS} rows of {drawn.tokens.shape[1]} tokens, seed {seed}, at least {LEAST} nats"
-    source = f"causal: attention knockout of the targets, less the same in control rows, {how}"
-    found = CausalEffects(needed, direct, source)
-    if labelled := sorted({*found.heads(+1), *found.heads(-1)}):
-        with progress("causal labels, control rows", len(labelled)) as advance:
-            by_chance = _needed(model, controls, predictions, labelled, batch_size=batch_size, advance=advance)
-        needed -= by_chance
-        layers, heads = ([getattr(head, axis) for head in labelled] for axis in ("layer", "head"))
-        at_once = exact_direct_effect(model, controls, predictions, batch_size=batch_size)
-        direct[:, layers, heads] -= at_once[:, layers, heads]
-    return found
+    return CausalEffects(
+        needed, direct, f"causal: attention knockout of the targets, less the same in control rows, {how}"
+    )
 
 
 def _needed(
@@ -127,14 +123,14 @@ def _needed(
     batch_size: int,
     advance: Advance,
 ) -> Floats:
-    """What each of `heads` adds to the log-probability of the predicted tokens by its target cells, [rows, layers,
-    heads] in nats; 0 for the other heads. On control rows these are still the tokens that the repeat would bring."""
+    """What each of `heads` adds to the logit of the predicted tokens, above the mean logit, by its target cells,
+    [rows, layers, heads] in nats. On control rows these are still the tokens that the repeat would bring."""
     runner = Runner(model, rows.tokens, predictions, batch_size=batch_size)
-    clean, needed = runner.log_probs(None), np.zeros((len(rows.tokens), model.n_layers, model.n_heads))
-    each = [knockout([head], rows.cells["prefix_matching"]) for head in heads]
-    for intervention, found in sweep(runner, each, advance=advance):
-        (head,) = intervention.heads
+    clean, needed = runner.logits_above_mean(None), np.zeros((len(rows.tokens), model.n_layers, model.n_heads))
+    for head in heads:  # from the lowest layer up, as the runner wants them
+        found = runner.logits_above_mean(knockout([head], rows.cells["prefix_matching"]))
         needed[:, head.layer, head.head] = mean_per_row(clean - found, predictions.row, len(rows.tokens))
+        advance(1)
     return needed
 
 

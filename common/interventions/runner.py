@@ -82,6 +82,11 @@ class Runner:
         """`log_prob` alone at each prediction, [n]."""
         return self.measure(intervention, {"log_prob": self.log_prob})["log_prob"]
 
+    def logits_above_mean(self, intervention: Intervention | None) -> Floats:
+        """The logit of the right token less the mean logit at each prediction, [n], in nats."""
+        metric: Metric = lambda logits, which: self._right(logits, which)[:, 0] - logits.mean(-1)  # noqa: E731
+        return self.measure(intervention, {"logit": metric})["logit"]
+
     def watch(self, layer: int, intervention: Intervention | None, reader: Callable[[Call, slice], None]) -> None:
         """Show the attention of one layer to `reader(call, rows)`, some rows at a time; no layer above it is run."""
         edits = intervention.edits if intervention else ()

@@ -253,7 +253,16 @@ def go_on_from(
     if wrong := _malformed(found, part, metrics):
         notes.warn(f"the earlier results.json is malformed ({wrong}): it is ignored, the {part} measured anew")
         return None
-    return {**found, "effects": [one for one in found["effects"] if None not in (one["effect"], *one["interval"])]}
+    unknown = {_made(one) for one in found["effects"] if None in (one["effect"], *one["interval"])}
+    effects = [one for one in found["effects"] if _made(one) not in unknown]  # all metrics of an intervention, or none
+    if effects:
+        notes.say(f"{part}: {len(effects)} effects taken from the earlier run, which had the same settings")
+    return {**found, "effects": effects}
+
+
+def _made(one: Mapping[str, Any]) -> tuple[object, ...]:
+    """Which intervention an effect is of."""
+    return one["name"], *one["heads"], one.get("sender")
 
 
 def _malformed(found: Mapping[str, Any], part: str, metrics: Mapping[bool, int]) -> str | None:
@@ -267,7 +276,9 @@ def _malformed(found: Mapping[str, Any], part: str, metrics: Mapping[bool, int])
                 "properties": {**one["properties"], "effects": schema["properties"]["interventions"]}}  # fmt: skip
     for error in jsonschema.Draft202012Validator({**form, "$defs": schema["$defs"]}).iter_errors(found):
         return f"{error.json_path}: {error.message[:80]}"
-    counted = Counter((one["name"], *one["heads"], one.get("sender")) for one in found["effects"])
+    if len({(*_made(one), one["metric"]) for one in found["effects"]}) < len(found["effects"]):
+        return "an effect stands there twice"
+    counted = Counter(map(_made, found["effects"]))
     if any(count != metrics.get(sender is not None) for (*_, sender), count in counted.items()):
         return "an intervention has not all of its metrics"
     return None

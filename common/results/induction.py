@@ -67,9 +67,11 @@ class TextResult(Screenful):
     def sentence(self) -> str:
         """Whether induction is at work in the text, and how much that rests on."""
         if not self.queries:  # not "no induction": there was nothing to do
-            return f"Text {self.number}: no token comes again, so there is nothing for induction to do."
+            return f"Text {self.number}: no token comes again after another, so there is nothing for induction to do."
         rests_on = f"{self.queries} {'query' if self.queries == 1 else 'queries'} with a target"
         rests_on += ", which is few" if self.queries < FEW else ""
+        if open_heads := self._undecided():
+            rests_on += f"; not decided for {', '.join(map(str, open_heads))}, as they look there in a control text too"
         if not self.induction_at_work:
             return f"Text {self.number}: no induction head is at work ({rests_on})."
         matching, highest = self.scores.scores.mean("prefix_matching"), self.scores.highest
@@ -78,6 +80,11 @@ class TextResult(Screenful):
             most = max(float(highest[head.place]) for head in self.induction_at_work)
             rests_on += f"; at most {most:.2f} on {CONTROL_ROWS} control texts"
         return f"Text {self.number}: induction is at work: {named}; {rests_on}."
+
+    def _undecided(self) -> list[Head]:
+        """Induction heads that no score could take over their threshold here."""
+        attention = self.scores.attention
+        return [head for head in self.ranked if attention and attention.threshold[head.place] >= 1]
 
     def summary(self) -> Iterable[str]:
         yield tables.shortened(self.text)

@@ -177,7 +177,7 @@ def head_lines(heads: Sequence[HeadRow]) -> list[list[str]]:
 def exact_sentence(heads: Sequence[HeadRow]) -> str | None:
     """What the * of `head_lines` means; None where there is none."""
     if any(head.total_effect_exact for head in heads):
-        return "* exact, by attention knockout: to first order these heads seem to do nothing with what they attend to."
+        return "* measured by attention knockout; the other total effects are estimated to first order."
     return None
 
 

@@ -53,6 +53,12 @@ def test_a_file_says_its_kind_or_it_is_called_unknown(tmp_path):
         ('{"induction_heads": [], "kind": "vibes"}', "'vibes' is no kind of labels; write one of construction, causal"),
         ('{"induction_heads": [], "kind": ["causal"]}', "no kind of labels"),
         ('{"induction_heads": [], "uncertain_heads": "0.1"}', "uncertain_heads"),
+        ('{"induction_heads": ["0.1"], "complete": "false"}', "write true or false, without quotes"),
+        ('{"induction_heads": [], "complete": false}', "they say nothing"),
+        (
+            '{"induction_heads": ["0.1"], "uncertain_heads": ["0.0", "0.2", "1.0", "1.1", "1.2"]}',
+            "nothing can be wrong",
+        ),
     ],
 )
 def test_wrong_label_files_say_what_is_wrong(tmp_path, text, reason):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -140,6 +141,18 @@ def test_every_repr_fits_a_screen_and_says_what_was_found(found):
     assert "head 1.0: induction" in repr(found.heads[6])
 
 
+def test_a_text_whose_controls_leave_no_room_decides_nothing(found):
+    """An induction head that scores 0.995 in a control text cannot be told to be at work, and the sentence says so."""
+    text = found.texts[0]
+    attention = text.scores.attention
+    place = text.ranked[0].place
+    limit = attention.threshold.copy()
+    limit[place] = 1.005
+    full = replace(text, scores=replace(text.scores, attention=replace(attention, threshold=limit)))
+    assert f"not decided for {text.ranked[0]}, as they look there in a control text too" in full.sentence()
+    assert "not decided" not in text.sentence()
+
+
 def test_a_repr_of_much_is_cut():
     class Much(HeadRow):
         def summary(self):
@@ -200,12 +213,21 @@ def used_again(content, part="ablation", metrics=((False, 1),)):
 
 def test_an_earlier_result_is_used_again_where_everything_is_the_same():
     whole = [effect(), effect(heads=["1.1"], control=None, note="none left")]
-    assert used_again(earlier(whole)) == (whole, [])
+    taken = "effects taken from the earlier run, which had the same settings"
+    assert used_again(earlier(whole)) == (whole, [(f"ablation: 2 {taken}", False)])
     path = [effect(), effect(sender="0.1"), effect(sender="0.1", metric="b")]
     found, said = used_again(earlier(path, "experiments"), "experiments", {False: 1, True: 2}.items())
-    assert found == [{**one, "head": "1.0"} for one in path] and said == []
+    assert found == [{**one, "head": "1.0"} for one in path] and said == [(f"experiments: 3 {taken}", False)]
     unknown = effect(effect=None, interval=[None, None], heads=["2.0"])
-    assert used_again(earlier([effect(), unknown])) == ([effect()], []), "null was NaN, and is measured anew"
+    found, _ = used_again(earlier([effect(), unknown]))
+    assert found == [effect()], "null was NaN, and is measured anew"
+
+
+def test_an_intervention_is_used_again_with_all_of_its_metrics_or_not_at_all():
+    half = [effect(), effect(metric="b", effect=None, interval=[None, None])]
+    assert used_again(earlier(half), metrics=[(False, 2)]) == ([], [])
+    found, ((said, warning),) = used_again(earlier([effect(), effect()]), metrics=[(False, 2)])
+    assert found is None and warning and "an effect stands there twice" in said
 
 
 @pytest.mark.parametrize("part", ["ablation", "experiments"])
@@ -262,7 +284,8 @@ def test_a_run_reuses_all_or_nothing(random_gpt2, monkeypatch):
     honest = effects.effect
     monkeypatch.setattr(effects, "effect", lambda *rest, **more: asked.append(rest) or honest(*rest, **more))
     again, notes = ablated(content)
-    assert asked == [] and notes == [] and again.effects == content["ablation"]["effects"]
+    assert asked == [] and again.effects == content["ablation"]["effects"]
+    assert [note.text[:29] for note in notes] == ["ablation: 12 effects taken fr"]
     content["ablation"]["settings"]["dtype"] = "torch.bfloat16"
     anew, notes = ablated(content)
     assert len(asked) == len(anew.effects) == len(first.effects) and anew.effects == first.effects
