@@ -236,6 +236,9 @@ def agreement(found: dict[str, Any]) -> str:
     )
     if ranks["ceiling"] is not None:
         said += f" (of the knockout with itself, even rows against odd ones: {ranks['ceiling']:.2f})"
+    said += f"; over all heads, of which most do nothing: {ranks['effect_all']:.2f}"
+    cuts = ", ".join(f"{two(f1)} at {cut}" for cut, f1 in found["f1_by_cut"].items() if cut in ("0.02", "0.1"))
+    said += f". F1 with the judge's cut elsewhere: {cuts} nats"
     said += f". Best fixed threshold: F1 {fixed[0]:.2f}, with our effect rule {fixed[1]:.2f}."
     if found["decisions_on_negatives"]:
         false = sum(found["false_positives"].values())

@@ -174,7 +174,7 @@ class QKAnalysis(Analysis):
                 if isinstance(one, Decomposition):
                     said = (
                         f"Head {Head.at(self.chosen.layer, head)} on {len(one.cells)} {one.kind} of text {text.number}:"
-                        f" {one.advantage()}, made of"
+                        f" {one.advantage()}; its largest parts:"
                     )
                     removed = text.removal.get(head)
                     yield said, one, REMOVAL.format(**removed) if removed and "predicted" in removed else None
@@ -184,7 +184,7 @@ class QKAnalysis(Analysis):
         yield from self.warnings()
         for said, split, _ in self.decomposed():
             query, key, value = split.top(1)[0]
-            yield f"{said} most of all {query} × {key} ({value:.2f})"
+            yield f"{said} {query} × {key} ({value:.2f}) and smaller ones"
         yield from self.checks()
         if walked := tables.path_sentence(self.effects):
             yield walked

@@ -15,12 +15,12 @@ from common import UserError
 from common.attention.head import Head
 from common.heads.statistics import mean_per_row
 from common.heads.tokens import Cells, TokenBatch, continuing
-from common.interventions import causal_labels, effects
+from common.interventions import causal_labels
 from common.interventions.causal_labels import CausalEffects, exact_direct_effect, measure_causal_effects
 from common.interventions.edits import knockout
 from common.interventions.runner import Predictions
 from common.loading import load
-from tests import architectures
+from tests import architectures, handbuilt
 from tests.handbuilt import COPY, Role
 from tests.oracle import ARCHITECTURES, traces
 
@@ -192,18 +192,28 @@ def test_both_effects_by_hand(random_gpt2, monkeypatch):
 
     found = measure_causal_effects(random_gpt2, progress=progress, seed=4)
     assert {what: sum(counts) for what, counts in told.items()} == {
-        "causal labels, direct effects: 3": 3, "causal labels, heads: 12": 12,
+        "causal labels, direct effects: 3": 3, "causal labels, heads: 12": 12, "causal labels, control rows: 12": 12,
     }  # fmt: skip
-    batch = causal_labels.battery(
-        random_gpt2.ordinary(), random_gpt2.bos, rows=3, length=64, seed=4, first=1_000_000
-    ).repeats
-    direct = exact_direct_effect(random_gpt2, batch, predictions_of(batch))
-    assert found.direct == pytest.approx(direct, abs=1e-5)
-    before, repeated = effects.losses(random_gpt2, batch), continuing(batch)
+    drawn = causal_labels.battery(random_gpt2.ordinary(), random_gpt2.bos, rows=3, length=64, seed=4, first=1_000_000)
+    repeated = continuing(drawn.repeats)
+    predictions = predictions_of(drawn.repeats)
+    direct = [exact_direct_effect(random_gpt2, rows, predictions) for rows in (drawn.repeats, drawn.controls)]
+    assert found.direct == pytest.approx(direct[0] - direct[1], abs=1e-5)
+
+    def above_mean(rows: TokenBatch, edits=()) -> np.ndarray:
+        """[rows, pos]: the logit of the token that the repeat brings, less the mean logit, read one place before it."""
+        logits = random_gpt2.logits(rows.tokens, edits).double()
+        logits = (logits - logits.mean(-1, keepdim=True)).numpy()[:, :-1]
+        return np.take_along_axis(logits, drawn.repeats.tokens[:, 1:, None], -1)[..., 0]
+
     for head in every_head(random_gpt2):
-        rise = effects.losses(random_gpt2, batch, knockout([head], batch.cells["prefix_matching"])) - before
-        per_row = [row[mask].mean() for row, mask in zip(rise, repeated, strict=True)]
-        assert found.needed[:, head.layer, head.head] == pytest.approx(per_row, abs=1e-4)
+        lost = []
+        for rows in (drawn.repeats, drawn.controls):
+            edits = knockout([head], rows.cells["prefix_matching"]).edits
+            change = above_mean(rows) - above_mean(rows, edits)
+            lost.append([row[mask].mean() for row, mask in zip(change, repeated[:, 1:], strict=True)])
+        expected = np.subtract(*lost)
+        assert found.needed[:, head.layer, head.head] == pytest.approx(expected, abs=1e-4)
     assert found.source.startswith("causal: attention knockout")
 
 
@@ -230,7 +240,16 @@ def test_a_head_that_copies_whatever_it_sees_is_no_induction_head(hand_built):
     batch = causal_labels.battery(model.ordinary(), model.bos, rows=32, length=128, seed=0, first=1_000_000).repeats
     alone = exact_direct_effect(model, batch, predictions_of(batch)).mean(0)
     assert alone[0, 1] > 0.05, "without its control it would be one"
+    assert found.needed.mean(0)[0, 1] == pytest.approx(0.0, abs=0.01)
     assert found.direct.mean(0)[1, 0] == pytest.approx(alone[1, 0], abs=0.01)
+
+
+@pytest.mark.parametrize("words", [7, 12])
+def test_copying_decoys_are_labelled_nothing_however_few_words_there_are(words, tmp_path):
+    built = handbuilt.decoys(40_003, vocabulary=words + 1)
+    model = load(str(handbuilt.save(built, tmp_path, handbuilt.word_tokenizer(words))))
+    found = measure_causal_effects(model)
+    assert found.labels().heads == frozenset() and found.heads(-1) == []
 
 
 def test_shipped_labels_are_those_that_are_measured(mini):
