@@ -29,6 +29,7 @@ CONSTANTS = {
     "effect rows of a lot": survey.EFFECT_ROWS,
     "fewest words": tokens.SHORTEST - 1,
     "control texts": texts.CONTROL_ROWS,
+    "a text and its controls": texts.CONTROL_ROWS + 1,
     "ablation rows": ablation.ABLATION_ROWS,
     "label rows": causal_labels.LABEL_ROWS,
     "random heads": effects.CONTROLS,
