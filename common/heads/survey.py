@@ -16,7 +16,7 @@ import numpy as np
 from common.attention.batches import Advance, Progress, silent
 from common.attention.head import Head
 from common.heads.attribution import attribute, exact_effect, ov_copying, why_no_direct_path
-from common.heads.detection import NOTABLE, Detection, detect
+from common.heads.detection import NOTABLE, Attention, Detection, attend, detect
 from common.heads.scores import HeadScores, score
 from common.heads.statistics import Floats
 from common.heads.tokens import ROW_LENGTH, Battery, TokenBatch, battery
@@ -57,6 +57,11 @@ class Evidence:
         direct = np.concatenate([self.direct, other.direct])
         repeats, controls = self.repeats + other.repeats, self.controls + other.controls
         return Evidence(repeats, controls, total, direct, self.no_direct_path)
+
+    def attention(self, threshold: float | None) -> Attention:
+        """Each head's score against its threshold."""
+        kind = "prefix_matching"
+        return attend(self.repeats.sums[kind], self.controls.sums[kind], threshold=threshold)
 
     def decide(self, threshold: float | None) -> Detection:
         """The verdict on every head, each against its own threshold (None) or against one for all."""
@@ -100,24 +105,36 @@ def survey(
         with progress(f"scoring heads, rows {first + 1} to {first + LOT}", steps) as advance:
             evidence = gather_evidence(model, lot, batch_size=batch_size, advance=advance, no_direct_path=reason)
         evidence = state.evidence + evidence if state else evidence
-        evidence = replace(evidence, exact=_exact(model, lots, evidence.decide(threshold), batch_size))
+        known = None if state is None else state.evidence.exact
+        heads = notable(evidence.attention(threshold))
+        if steps_left := len(heads) * len(lots):
+            with progress(f"measuring the effects of {len(heads)} heads", steps_left) as advance:
+                exact = _exact(model, lots, heads, known, batch_size=batch_size, advance=advance)
+            evidence = replace(evidence, exact=exact)
         state = Survey(evidence.decide(threshold), evidence, first + LOT, lot.repeats.tokens.shape[1])
     return state
 
 
-def _exact(model: Model, lots: Sequence[TokenBatch], found: Detection, batch_size: int) -> Floats:
-    """The exact total effect of the heads that are `found` to attend notably, on the rows in `lots`, [effect rows,
-    layers, heads]; NaN for all others."""
-    heads = notable(found)
-    exact = np.full((EFFECT_ROWS * len(lots), *found.score.shape), np.nan)
-    for number, rows in enumerate(lots if heads else []):
-        measured = exact_effect(model, rows, heads, batch_size=batch_size)
-        for head, values in zip(heads, measured.T, strict=True):
-            exact[number * EFFECT_ROWS : (number + 1) * EFFECT_ROWS, head.layer, head.head] = values
+def _exact(
+    model: Model, lots: Sequence[TokenBatch], heads: Sequence[Head], known: Floats | None, *, batch_size: int,
+    advance: Advance,
+) -> Floats:  # fmt: skip
+    """The exact total effect of `heads` on the rows in `lots`, [effect rows, layers, heads]; NaN for all others.
+    `known`: the same for the lots before, which are not measured again."""
+    exact = np.full((EFFECT_ROWS * len(lots), model.n_layers, model.n_heads), np.nan)
+    if known is not None:
+        for head in heads:
+            exact[: len(known), head.layer, head.head] = known[:, head.layer, head.head]
+    for part, rows in zip(np.split(exact, len(lots)), lots, strict=True):  # views: what is put there is in `exact`
+        missing = [head for head in heads if np.isnan(part[:, head.layer, head.head]).all()]
+        measured = exact_effect(model, rows, missing, batch_size=batch_size).T if missing else ()
+        for head, values in zip(missing, measured, strict=True):
+            part[:, head.layer, head.head] = values
+        advance(len(heads))
     return exact
 
 
-def notable(found: Detection) -> list[Head]:
+def notable(found: Attention) -> list[Head]:
     """The heads that reach their threshold and score `NOTABLE` or more above their null."""
     return [
         Head.at(*place)

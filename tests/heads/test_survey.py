@@ -216,3 +216,19 @@ def test_effects_are_measured_on_rows_from_the_nearest_repeat_to_the_farthest(ra
     assert found == list(range(3, 34, 2))
     few = for_effects(TokenBatch.of(rows[:3], pad=random_gpt2.bos))
     assert len(few.tokens) == 3
+
+
+def test_a_head_is_measured_once_on_each_row(hand_built, monkeypatch):
+    """Two lots of 16 effect rows: each is handed over once, and both are in the evidence."""
+    model = hand_built({(0, 0): Role("previous-token", slot=0), (1, 0): Role("induction", slot=0, writing=COPY)})[1]
+    asked = []
+
+    def counted(model, rows, heads, **options):
+        asked.append((rows.tokens.tobytes(), tuple(heads)))
+        return attribution.exact_effect(model, rows, heads, **options)
+
+    monkeypatch.setattr("common.heads.survey.exact_effect", counted)
+    monkeypatch.setattr(Survey, "settled", property(lambda state: False))
+    found = survey(model, seed=0, batch_size=8, length=40)
+    assert len(asked) == len({rows for rows, _ in asked}) == 2 and asked[0][1] == asked[1][1]
+    assert found.evidence.exact.shape[0] == 32 and not np.isnan(found.evidence.exact[:, 1, 0]).any()
