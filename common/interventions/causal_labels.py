@@ -36,7 +36,7 @@ from common.heads.statistics import Floats, Ints, interval_over_rows, mean_per_r
 from common.heads.tokens import ROW_LENGTH, TokenBatch, battery, continuing
 from common.interventions.edits import knockout
 from common.interventions.effects import names
-from common.interventions.runner import Predictions, Runner
+from common.interventions.runner import Predictions, Runner, sweep
 from common.loading.families import unembedding_weights
 
 if TYPE_CHECKING:
@@ -127,10 +127,10 @@ def _needed(
     [rows, layers, heads] in nats. On control rows these are still the tokens that the repeat would bring."""
     runner = Runner(model, rows.tokens, predictions, batch_size=batch_size)
     clean, needed = runner.logits_above_mean(None), np.zeros((len(rows.tokens), model.n_layers, model.n_heads))
-    for head in heads:  # from the lowest layer up, as the runner wants them
-        found = runner.logits_above_mean(knockout([head], rows.cells["prefix_matching"]))
+    each = [knockout([head], rows.cells["prefix_matching"]) for head in heads]
+    for intervention, found in sweep(runner, each, advance=advance, measure=Runner.logits_above_mean):
+        (head,) = intervention.heads
         needed[:, head.layer, head.head] = mean_per_row(clean - found, predictions.row, len(rows.tokens))
-        advance(1)
     return needed
 
 

@@ -144,12 +144,14 @@ class Runner:
 
 
 def sweep(
-    runner: Runner, interventions: Iterable[Intervention], *, advance: Advance = lambda count: None
-) -> Iterator[tuple[Intervention, Floats]]:
-    """Yield each intervention with the log-probability of the right token at each prediction [n], from the lowest
-    layer up; `advance` is told of each. What was yielded stays good when the loop is interrupted."""
+    runner: Runner, interventions: Iterable[Intervention], *, advance: Advance = lambda count: None,
+    measure: Callable[[Runner, Intervention], Floats] = Runner.log_probs,
+) -> Iterator[tuple[Intervention, Floats]]:  # fmt: skip
+    """Yield each intervention with what is measured at each prediction [n], the log-probability of the right token if
+    nothing else is said, from the lowest layer up; `advance` is told of each. What was yielded stays good when the loop
+    is interrupted."""
     for intervention in sorted(interventions, key=lambda one: one.first_layer):
-        yield intervention, runner.log_probs(intervention)
+        yield intervention, measure(runner, intervention)
         advance(1)
 
 
