@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 LEAST = 0.05  # nats; the size that counts as an effect in the project's facts on SmolLM2-135M
 LABEL_ROWS = 32
 MEASURED = (
-    "what attention knockout of the head's targets takes from the correct token's logit, and what they add to it "
-    "directly"
+    "what attention knockout of the head's targets takes from the correct token's logit, and what they add to the "
+    "correct token's logit directly"
 )
 LABEL_FROM = 1_000_000  # detection draws rows from 0 on, from the same seed
 
